@@ -1,0 +1,19 @@
+"""What distributes qdist over a Ray cluster: sessions, pools and controllers.
+
+``session``    starts a local Ray or connects to one, and checks that it has the resources.
+``retry``      what to do after a task or a worker failed; a pure policy that knows no Ray.
+``pool``       a pool of actors, each around one plain worker; the driver owns the queue.
+``calibrate``  the controller that spreads the shards of a calibration over a pool.
+``tune``       the controller that spreads the trials of a search over a pool.
+
+The workers are plain classes of the library and are tested without Ray. The driver keeps the
+queue and Ray retries nothing: a policy decides, the pool executes, the caller sees every retry
+and every lost worker as an event. Nothing here knows Hydra, MLflow or the command line.
+"""
+
+import os
+
+# Ray reads these when it is first imported, and every module of this package is imported after
+# this one. The first stops Ray from rebuilding the environment of ``uv run`` in every worker.
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

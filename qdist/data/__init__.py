@@ -1,0 +1,10 @@
+"""Calibration and evaluation samples.
+
+``source``       the protocol of a data set, which the next four follow.
+``arrays``       NumPy files; ``images`` image files; ``text`` a text as chunks of tokens;
+``function``     a user's own Python function.
+``preprocess``   what turns stored values into model inputs.
+``manifest``     samples named by content, in append-only generations.
+``shards``       micro-batches on the manifest's grid, and shards of whole micro-batches.
+``checks``       does a sample fit the model? With the error that says why not.
+"""

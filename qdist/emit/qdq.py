@@ -1,0 +1,86 @@
+"""The QDQ ONNX artifact: assembled, written, checked by ONNX, loaded by ONNX Runtime.
+
+What is scored is this file, loaded from disk (design law 5).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx.checker
+import onnx.shape_inference
+
+from qdist.emit.writer import WrittenModel, write_model
+from qdist.errors import ArtifactError, ModelError
+from qdist.model.freeze import FrozenModel
+from qdist.model.session import Execution, scoring_session
+from qdist.plan.target import ProjectedPlan
+from qdist.simulate.assemble import assemble
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """A file that ships. ``opset``: of its default domain. ``plan_digest``: what it computes."""
+
+    path: Path
+    data_path: Path | None
+    n_bytes: int
+    opset: int
+    plan_digest: str
+    target: str
+
+
+def emit_qdq(
+    frozen: FrozenModel,
+    projected: ProjectedPlan,
+    path: Path,
+    *,
+    execution: Execution | None = None,
+    check: bool = True,
+) -> Artifact:
+    """Write the quantized model to ``path`` and prove that it can be used.
+
+    ``check=False`` leaves out the ONNX checker and the loading (a search loads it anyway). Raises
+    QD206, QD601, QD602, QD603.
+    """
+    graph = assemble(frozen, projected)
+    entry = graph.proto.metadata_props.add()
+    entry.key, entry.value = "qdist.plan", projected.plan.digest
+    opset = max(e.version for e in graph.proto.opset_import if e.domain in ("", "ai.onnx"))
+    written = write_model(graph, path)
+    if check:
+        check_artifact(written, execution or Execution())
+    return Artifact(
+        path=written.path,
+        data_path=written.data_path,
+        n_bytes=written.n_bytes,
+        opset=int(opset),
+        plan_digest=projected.plan.digest,
+        target=projected.target.name,
+    )
+
+
+def check_artifact(written: WrittenModel, execution: Execution) -> None:
+    """The ONNX checker with full check, by path, then loading. Raises QD601, QD602."""
+    try:
+        onnx.checker.check_model(str(written.path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ArtifactError(
+            "QD601",
+            where=str(written.path),
+            got=str(error).strip().splitlines()[0][:400],
+            expected="a model that onnx.checker accepts with full_check",
+            mend="check the float model with onnx.checker; if it passes, report this",
+        ) from error
+    try:
+        scoring_session(written.path, execution)
+    except ModelError as error:
+        raise ArtifactError(
+            "QD602",
+            where=str(written.path),
+            got=error.got,
+            expected="a model that ONNX Runtime loads",
+            mend="leave the layer that it names in float with a rule",
+        ) from error

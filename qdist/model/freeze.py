@@ -1,0 +1,134 @@
+"""The one simplification that measuring, scoring and emitting all start from.
+
+A frozen graph has a stable name for every node, its constants folded, its batch normalizations in
+the weights and an opset of at least 13. Tensor names survive, so statistics fit the quantized graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.inliner
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from qdist.digest import digest_bytes
+from qdist.errors import ModelError
+from qdist.model import rewrite
+from qdist.model.loading import ModelFile
+from qdist.model.opset import raise_opset
+from qdist.model.session import Execution, measuring_session, run, scoring_session
+from qdist.model.weights import Weights
+
+LOWEST_OPSET = 13
+"""Q/DQ have an ``axis`` from opset 13 on."""
+TOLERANCE = 1e-4
+"""Largest relative L2 difference that freezing may make to an output."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrozenModel:
+    """A frozen graph. Immutable and picklable; small when the weights are external.
+
+    ``graph_bytes`` is a serialized ``ModelProto`` whose external data (if any) lies in
+    ``data_folder``; ``digest`` covers the graph and all weights.
+    """
+
+    graph_bytes: bytes
+    data_folder: Path
+    digest: str
+    source: Path
+    source_digest: str
+    n_source_bytes: int
+    notes: tuple[str, ...] = ()
+
+    def proto(self) -> ModelProto:
+        """A fresh copy of the graph."""
+        return ModelProto.FromString(self.graph_bytes)
+
+    def weights(self) -> Weights:
+        """The initializers, read on demand."""
+        return Weights(self.proto().graph.initializer, self.data_folder)
+
+
+def freeze(model: ModelFile, execution: Execution | None = None) -> FrozenModel:
+    """Simplify ``model`` once and for all.
+
+    Raises `ModelError`: QD204, QD205 when constants cannot be computed, QD206 when the opset
+    cannot be raised.
+    """
+    execution = execution or Execution()
+    notes: list[str] = []
+    proto = model.proto()
+    rewrite.drop_initializer_inputs(proto)
+    before = rewrite.opset_of(proto)
+    if proto.functions:
+        proto = onnx.inliner.inline_local_functions(proto)
+        notes.append("local functions were inlined")
+    if before < LOWEST_OPSET:
+        proto = raise_opset(proto, LOWEST_OPSET)
+        notes.append(f"opset raised from {before} to {LOWEST_OPSET}")
+    rewrite.strip_documentation(proto)
+    rewrite.constants_to_initializers(proto)
+    rewrite.name_nodes(proto)
+    rewrite.remove_identities(proto)
+    unfolded = rewrite.fold_constants(proto, model.folder, execution)
+    if unfolded:
+        notes.append(unfolded)
+    n_folded = rewrite.fold_batch_normalization(
+        proto, Weights(proto.graph.initializer, model.folder)
+    )
+    if n_folded:
+        notes.append(f"{n_folded} batch normalizations folded into the layer before")
+    rewrite.remove_dead(proto)
+    graph_bytes = proto.SerializeToString(deterministic=True)
+    return FrozenModel(
+        graph_bytes=graph_bytes,
+        data_folder=model.folder,
+        digest=digest_bytes(graph_bytes, model.digest.encode()),
+        source=model.path,
+        source_digest=model.digest,
+        n_source_bytes=model.n_bytes,
+        notes=tuple(notes),
+    )
+
+
+def frozen_difference(
+    frozen: FrozenModel, feeds: dict[str, NDArray[Any]], execution: Execution
+) -> float:
+    """Relative L2 difference between the model as given and frozen, on one input; 0 is bit-equal.
+
+    Both run with graph optimization off. Raises QD207 above `TOLERANCE`.
+    """
+    given = scoring_session(frozen.source, execution)
+    names = [output.name for output in given.get_outputs()]
+    expected = run(given, names, feeds)
+    del given
+    session = measuring_session(frozen.graph_bytes, frozen.data_folder, execution)
+    found = run(session, names, feeds)
+    worst = 0.0
+    for name, e, f in zip(names, expected, found, strict=True):
+        worst = max(worst, _relative_l2(np.asarray(e), np.asarray(f)))
+        if not worst <= TOLERANCE:
+            raise ModelError(
+                "QD207",
+                where=f"output {name} of {frozen.source}",
+                got=f"a relative difference of {worst:.3g} after simplification",
+                expected=f"at most {TOLERANCE:g}",
+                mend="export the model at opset 13 or later with constants folded",
+            )
+    return worst
+
+
+def _relative_l2(expected: NDArray[Any], found: NDArray[Any]) -> float:
+    if expected.shape != found.shape:
+        return float("inf")
+    if np.array_equal(expected, found, equal_nan=expected.dtype.kind == "f"):
+        return 0.0
+    e, f = expected.astype(np.float64), found.astype(np.float64)
+    scale = float(np.linalg.norm(e.ravel())) or 1.0
+    return float(np.linalg.norm((e - f).ravel())) / scale

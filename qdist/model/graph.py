@@ -1,0 +1,121 @@
+"""Questions about a frozen graph: who makes a tensor, who reads it, of what type it is."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import onnx.shape_inference
+from onnx import ModelProto, NodeProto, TensorProto
+
+from qdist.model.freeze import FrozenModel
+from qdist.model.rewrite import names_read
+from qdist.model.session import Execution, measuring_session
+
+FLOAT_TYPES = {
+    TensorProto.FLOAT: "float32",
+    TensorProto.FLOAT16: "float16",
+    TensorProto.BFLOAT16: "bfloat16",
+    TensorProto.DOUBLE: "float64",
+}
+_RUNTIME_FLOATS = {
+    "tensor(float)": TensorProto.FLOAT,
+    "tensor(float16)": TensorProto.FLOAT16,
+    "tensor(bfloat16)": TensorProto.BFLOAT16,
+    "tensor(double)": TensorProto.DOUBLE,
+}
+
+Shape = tuple[int | str | None, ...]
+"""Dimensions: a number, a symbol, or None where nothing is known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorType:
+    """ONNX element type and, where known, the shape of a tensor."""
+
+    element: int
+    shape: Shape | None
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the elements are floating-point numbers."""
+        return self.element in FLOAT_TYPES
+
+
+class Graph:
+    """An index over the main graph of a frozen model. Read-only once built."""
+
+    def __init__(self, model: FrozenModel, execution: Execution | None = None) -> None:
+        self.model = model
+        self.proto: ModelProto = model.proto()
+        self.weights = model.weights()
+        self.nodes: dict[str, NodeProto] = {node.name: node for node in self.proto.graph.node}
+        self.constants: dict[str, TensorProto] = {
+            tensor.name: tensor for tensor in self.proto.graph.initializer
+        }
+        self.maker: dict[str, NodeProto] = {}
+        self.readers: dict[str, list[NodeProto]] = defaultdict(list)
+        for node in self.proto.graph.node:
+            self.maker.update((name, node) for name in node.output if name)
+            for name in dict.fromkeys(names_read(node)):
+                self.readers[name].append(node)
+        self.input_names: list[str] = [value.name for value in self.proto.graph.input]
+        self.output_names: list[str] = [value.name for value in self.proto.graph.output]
+        self._types = _inferred_types(self.proto)
+        self._ask_runtime(execution or Execution())
+
+    def type_of(self, tensor: str) -> TensorType | None:
+        """Type of an activation, graph input or initializer; None where nothing tells."""
+        return self._types.get(tensor)
+
+    def is_float(self, tensor: str) -> bool:
+        """Whether the tensor is known to hold floating-point numbers."""
+        found = self._types.get(tensor)
+        return found is not None and found.is_float
+
+    def is_activation(self, tensor: str) -> bool:
+        """Whether the tensor is computed from the inputs (or is one)."""
+        return tensor in self.maker or tensor in self.input_names
+
+    def _ask_runtime(self, execution: Execution) -> None:
+        """Types that shape inference could not find (contrib operators) come from a session."""
+        unknown = [name for name in self.maker if name not in self._types]
+        if not unknown:
+            return
+        proto = self.model.proto()
+        del proto.graph.output[:]
+        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in unknown)
+        session = measuring_session(proto.SerializeToString(), self.model.data_folder, execution)
+        for value in session.get_outputs():
+            element = _RUNTIME_FLOATS.get(value.type, TensorProto.UNDEFINED)
+            self._types[value.name] = TensorType(element=element, shape=tuple(value.shape or ()))
+
+
+def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
+    """The value of a node's attribute, or ``default``."""
+    for entry in node.attribute:
+        if entry.name == name:
+            return onnx.helper.get_attribute_value(entry)
+    return default
+
+
+def _inferred_types(proto: ModelProto) -> dict[str, TensorType]:
+    inferred = onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False)
+    graph = inferred.graph
+    types: dict[str, TensorType] = {}
+    for value in [*graph.input, *graph.output, *graph.value_info]:
+        tensor = value.type.tensor_type
+        if tensor.elem_type:
+            shape = _shape(tensor.shape) if tensor.HasField("shape") else None
+            types[value.name] = TensorType(element=tensor.elem_type, shape=shape)
+    for weight in graph.initializer:
+        types[weight.name] = TensorType(element=weight.data_type, shape=tuple(weight.dims))
+    return types
+
+
+def _shape(shape: onnx.TensorShapeProto) -> Shape:
+    return tuple(
+        d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in shape.dim
+    )

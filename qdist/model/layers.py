@@ -1,0 +1,203 @@
+"""Layers: the nodes whose precision a plan chooses.
+
+A layer is a node of the main graph that computes on floating-point activations. Its *activations*
+are the float inputs that depend on the model's inputs, its *weights* the constant ones that it
+multiplies or adds. Operators that only move data (Reshape, Transpose ...) are not layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from onnx import NodeProto
+
+from qdist.model.graph import Graph, attribute
+
+VIEWS = frozenset(
+    {
+        "Reshape",
+        "Transpose",
+        "Squeeze",
+        "Unsqueeze",
+        "Flatten",
+        "Identity",
+        "DepthToSpace",
+        "SpaceToDepth",
+    }
+)
+"""Operators whose output holds exactly the values of their first input, in another order."""
+
+_MOVES = VIEWS | {
+    "Slice",
+    "Split",
+    "Gather",
+    "GatherElements",
+    "GatherND",
+    "Expand",
+    "Tile",
+    "Cast",
+    "Shape",
+    "Size",
+    "ConstantOfShape",
+    "Range",
+    "QuantizeLinear",
+    "DequantizeLinear",
+}
+COMPUTE = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
+"""Operators that multiply and accumulate: where a chip spends its time."""
+
+_DATA_INPUTS = {
+    "Conv": (0, 1),
+    "ConvTranspose": (0, 1),
+    "Gemm": (0, 1),
+    "MatMul": (0, 1),
+    "Where": (1, 2),
+    "Add": (0, 1),
+    "Sub": (0, 1),
+    "Mul": (0, 1),
+    "Div": (0, 1),
+    "Pow": (0,),
+    "Min": None,
+    "Max": None,
+    "Sum": None,
+    "Mean": None,
+    "Concat": None,
+    "Einsum": None,
+}
+"""Which inputs carry data (None: all). Any other operator: the first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerInput:
+    """One input of a layer: position and tensor; the output-channel axis where it is a weight."""
+
+    index: int
+    tensor: str
+    channel_axis: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """A node whose precision can be chosen."""
+
+    name: str
+    op_type: str
+    activations: tuple[LayerInput, ...]
+    weights: tuple[LayerInput, ...]
+    outputs: tuple[str, ...]
+    is_statistics: bool = False
+
+    @property
+    def is_compute(self) -> bool:
+        """Whether the layer multiplies and accumulates."""
+        return self.op_type in COMPUTE
+
+
+def find_layers(graph: Graph) -> tuple[Layer, ...]:
+    """All layers, in graph order (which is topological)."""
+    statistics = _statistics_tensors(graph)
+    layers = []
+    for node in graph.proto.graph.node:
+        if node.op_type in _MOVES or not any(graph.is_float(name) for name in node.output):
+            continue
+        activations, weights = _data_inputs(graph, node)
+        if not activations:
+            continue
+        layers.append(
+            Layer(
+                name=node.name,
+                op_type=node.op_type,
+                activations=activations,
+                weights=weights,
+                outputs=tuple(name for name in node.output if name),
+                is_statistics=node.output[0] in statistics
+                or (
+                    node.op_type in ("Mul", "Div")
+                    and any(entry.tensor in statistics for entry in activations)
+                ),
+            )
+        )
+    return tuple(layers)
+
+
+def view_source(graph: Graph, tensor: str) -> str:
+    """The tensor whose values ``tensor`` merely rearranges; itself where it computes anew."""
+    while (node := graph.maker.get(tensor)) is not None and node.op_type in VIEWS:
+        source = node.input[0]
+        if not graph.is_activation(source):
+            break
+        tensor = source
+    return tensor
+
+
+def _data_inputs(
+    graph: Graph, node: NodeProto
+) -> tuple[tuple[LayerInput, ...], tuple[LayerInput, ...]]:
+    positions = _DATA_INPUTS.get(node.op_type, (0,))
+    activations, weights = [], []
+    for i, name in enumerate(node.input):
+        if not name or (positions is not None and i not in positions) or not graph.is_float(name):
+            continue
+        if graph.is_activation(name):
+            activations.append(LayerInput(index=i, tensor=name))
+        elif name in graph.constants:
+            axis = _channel_axis(graph, node, i, name)
+            weights.append(LayerInput(index=i, tensor=name, channel_axis=axis))
+    return tuple(activations), tuple(weights)
+
+
+def _channel_axis(graph: Graph, node: NodeProto, index: int, weight: str) -> int | None:
+    """The axis of a weight along which output channels lie, or None for no such axis."""
+    rank = len(graph.constants[weight].dims)
+    if node.op_type == "Conv" and index == 1:
+        return 0
+    if node.op_type == "ConvTranspose" and index == 1:
+        return 1
+    if node.op_type == "Gemm" and rank == 2:
+        if index == 1:
+            return 0 if attribute(node, "transB", 0) else 1
+        return 1 if attribute(node, "transA", 0) else 0
+    if node.op_type == "MatMul" and rank >= 2:
+        return rank - 1 if index == 1 else rank - 2
+    return None
+
+
+def _statistics_tensors(graph: Graph) -> set[str]:
+    """Tensors inside a written-out normalization: means, variances and what is made of them alone.
+
+    Chips compute these inside one normalization operator, at high precision.
+    """
+    found: set[str] = set()
+    for node in graph.proto.graph.node:
+        inputs = [name for name in node.input if name and graph.is_activation(name)]
+        reduces = node.op_type in ("ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "Pow")
+        pointwise = node.op_type in (
+            "Add",
+            "Sub",
+            "Sqrt",
+            "Reciprocal",
+            "Mul",
+            "Div",
+            "Max",
+            "Clip",
+        )
+        passes = pointwise and inputs and all(name in found for name in inputs)
+        if (reduces and _is_normalization(graph, node)) or passes:
+            found.update(name for name in node.output if name)
+    return found
+
+
+def _is_normalization(graph: Graph, node: NodeProto) -> bool:
+    """Whether a Sqrt or Reciprocal follows within a few steps, as in a written-out norm."""
+    front = [name for name in node.output if name]
+    for _ in range(4):
+        following = [reader for name in front for reader in graph.readers.get(name, ())]
+        if any(reader.op_type in ("Sqrt", "Reciprocal") for reader in following):
+            return True
+        front = [
+            name
+            for reader in following
+            if reader.op_type in ("Add", "ReduceMean", "Mul", "Max", "Clip")
+            for name in reader.output
+        ]
+    return False

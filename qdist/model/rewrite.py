@@ -1,0 +1,308 @@
+"""Single rewriting steps on a graph. Each mutates the model it is given and says what it did.
+
+Every step is deterministic: the same graph gives the same bytes, since the digest of the result is
+part of a calibration's identity.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+
+from qdist.errors import ModelError
+from qdist.model.session import Execution, measuring_session
+from qdist.model.weights import Weights, n_bytes_of
+
+_NOT_FOLDABLE = frozenset(
+    {
+        "QuantizeLinear",
+        "DequantizeLinear",
+        "RandomNormal",
+        "RandomNormalLike",
+        "RandomUniform",
+        "RandomUniformLike",
+        "Bernoulli",
+        "Multinomial",
+        "Constant",
+    }
+)
+FOLD_LIMIT_BYTES = 64 << 20
+"""External weights larger than this are not copied into the graph by constant folding."""
+
+
+def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
+    """The bodies of an ``If``, ``Loop`` or ``Scan``."""
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            yield attribute.g
+        elif attribute.type == onnx.AttributeProto.GRAPHS:
+            yield from attribute.graphs
+
+
+def names_read(node: NodeProto) -> Iterator[str]:
+    """Tensor names a node reads, those captured by its subgraphs included."""
+    yield from (name for name in node.input if name)
+    for body in subgraphs(node):
+        for inner in body.node:
+            yield from names_read(inner)
+        yield from (output.name for output in body.output)
+
+
+def drop_initializer_inputs(model: ModelProto) -> None:
+    """Initializers that are graph inputs too (IR version 3) become plain constants."""
+    constant = {tensor.name for tensor in model.graph.initializer}
+    kept = [value for value in model.graph.input if value.name not in constant]
+    del model.graph.input[:]
+    model.graph.input.extend(kept)
+    model.ir_version = max(model.ir_version, 8)
+
+
+def constants_to_initializers(model: ModelProto) -> None:
+    """``Constant`` nodes of the main graph become initializers."""
+    kept = []
+    for node in model.graph.node:
+        tensor = _constant_value(node) if node.op_type == "Constant" else None
+        if tensor is None:
+            kept.append(node)
+        else:
+            tensor.name = node.output[0]
+            model.graph.initializer.append(tensor)
+    _set_nodes(model, kept)
+
+
+def name_nodes(model: ModelProto) -> None:
+    """Every node gets a unique, stable name; those that have one already keep it."""
+    taken: Counter[str] = Counter(node.name for node in model.graph.node if node.name)
+    seen: set[str] = set()
+    for node in model.graph.node:
+        base = node.name or f"{node.op_type}_{next(iter(node.output), 'none')}"
+        name, n = base, 1
+        while name in seen or (name != node.name and taken[name]):
+            name, n = f"{base}_{n}", n + 1
+        node.name = name
+        seen.add(name)
+
+
+def fold_constants(model: ModelProto, folder: Path, execution: Execution) -> str | None:
+    """Nodes that depend on constants alone are computed once, by ONNX Runtime.
+
+    Returns a note when something was left unfolded because of its size.
+    """
+    constant = {tensor.name: n_bytes_of(tensor) for tensor in model.graph.initializer}
+    external = {t.name for t in model.graph.initializer if t.data_location == TensorProto.EXTERNAL}
+    heavy = {name for name in external if constant[name] > FOLD_LIMIT_BYTES}
+    foldable: list[NodeProto] = []
+    known = set(constant)
+    n_heavy = 0
+    for node in model.graph.node:
+        reads = list(names_read(node))
+        if node.op_type in _NOT_FOLDABLE or not reads or not all(name in known for name in reads):
+            continue
+        if any(name in heavy for name in reads):
+            n_heavy += 1
+            continue
+        foldable.append(node)
+        known.update(name for name in node.output if name)
+    note = f"{n_heavy} constant operators on large external weights stay in the graph"
+    if foldable:
+        _replace_by_values(model, foldable, folder, execution)
+    return note if n_heavy else None
+
+
+def _replace_by_values(
+    model: ModelProto, foldable: list[NodeProto], folder: Path, execution: Execution
+) -> None:
+    folded = {id(node) for node in foldable}
+    made = {name for node in foldable for name in node.output if name}
+    wanted = {
+        name for node in model.graph.node if id(node) not in folded for name in names_read(node)
+    }
+    wanted.update(output.name for output in model.graph.output)
+    outputs = sorted(made & wanted)
+    if outputs:
+        needed = {name for node in foldable for name in names_read(node)}
+        part = onnx.ModelProto()
+        part.CopyFrom(_shell(model))
+        part.graph.node.extend(foldable)
+        part.graph.initializer.extend(t for t in model.graph.initializer if t.name in needed)
+        part.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
+        session = measuring_session(part.SerializeToString(), folder, execution)
+        values = session.run(outputs, {})
+        for name, value in zip(outputs, values, strict=True):
+            model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+    _set_nodes(model, [node for node in model.graph.node if id(node) not in folded])
+
+
+def remove_identities(model: ModelProto) -> None:
+    """``Identity`` and inference-time ``Dropout`` vanish, unless they make a graph output."""
+    outputs = {value.name for value in model.graph.output}
+    constant = {tensor.name: tensor for tensor in model.graph.initializer}
+    renamed: dict[str, str] = {}
+    kept = []
+    for node in model.graph.node:
+        _rename_inputs(node, renamed)
+        if _is_identity(node, constant) and node.output[0] not in outputs:
+            renamed[node.output[0]] = node.input[0]
+        else:
+            kept.append(node)
+    _set_nodes(model, kept)
+
+
+def fold_batch_normalization(model: ModelProto, weights: Weights) -> int:
+    """``BatchNormalization`` right after Conv, ConvTranspose or Gemm goes into the weights.
+
+    The new weights are computed in float64 and rounded once. Returns how many were folded.
+    """
+    readers = Counter(name for node in model.graph.node for name in names_read(node))
+    readers.update(value.name for value in model.graph.output)
+    maker = {name: node for node in model.graph.node for name in node.output}
+    gone: set[int] = set()
+    for node in model.graph.node:
+        if node.op_type != "BatchNormalization" or sum(1 for name in node.output if name) > 1:
+            continue
+        source = maker.get(node.input[0])
+        if source is None or readers[node.input[0]] != 1:
+            continue
+        axis = _out_channel_axis(source)
+        parameters = [*source.input[1:], *node.input[1:5]]
+        if axis is None or not all(name in weights for name in parameters):
+            continue
+        _scale_into(model, source, node, weights, axis)
+        source.output[0] = node.output[0]
+        gone.add(id(node))
+    _set_nodes(model, [node for node in model.graph.node if id(node) not in gone])
+    return len(gone)
+
+
+def remove_dead(model: ModelProto) -> None:
+    """Nodes and initializers that no output depends on are dropped."""
+    wanted = {value.name for value in model.graph.output}
+    kept = []
+    for node in reversed(model.graph.node):
+        if any(name in wanted for name in node.output):
+            kept.append(node)
+            wanted.update(names_read(node))
+    _set_nodes(model, reversed(kept))
+    tensors = [tensor for tensor in model.graph.initializer if tensor.name in wanted]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(tensors)
+    del model.graph.value_info[:]
+
+
+def strip_documentation(model: ModelProto) -> None:
+    """Exporters' remarks and local paths do not count as the model."""
+    model.doc_string = ""
+    model.graph.doc_string = ""
+    for node in model.graph.node:
+        node.doc_string = ""
+        del node.metadata_props[:]
+    del model.metadata_props[:]
+
+
+def _shell(model: ModelProto) -> ModelProto:
+    shell = onnx.ModelProto(ir_version=model.ir_version, producer_name="qdist")
+    shell.opset_import.extend(model.opset_import)
+    shell.functions.extend(model.functions)
+    shell.graph.name = "constants"
+    return shell
+
+
+def _set_nodes(model: ModelProto, nodes: Iterable[NodeProto]) -> None:
+    # Copies first: clearing the field invalidates the originals.
+    copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del model.graph.node[:]
+    model.graph.node.extend(copies)
+
+
+def _rename_inputs(node: NodeProto, renamed: dict[str, str]) -> None:
+    for i, name in enumerate(node.input):
+        if name in renamed:
+            node.input[i] = renamed[name]
+    for body in subgraphs(node):
+        for inner in body.node:
+            _rename_inputs(inner, renamed)
+        for value in body.output:
+            value.name = renamed.get(value.name, value.name)
+
+
+def _constant_value(node: NodeProto) -> TensorProto | None:
+    for attribute in node.attribute:
+        if attribute.name == "value":
+            return TensorProto.FromString(attribute.t.SerializeToString())
+        if attribute.name == "value_float":
+            return numpy_helper.from_array(np.float32(attribute.f))
+        if attribute.name == "value_floats":
+            return numpy_helper.from_array(np.array(attribute.floats, np.float32))
+        if attribute.name == "value_int":
+            return numpy_helper.from_array(np.int64(attribute.i))
+        if attribute.name == "value_ints":
+            return numpy_helper.from_array(np.array(attribute.ints, np.int64))
+    return None
+
+
+def _is_identity(node: NodeProto, constant: dict[str, TensorProto]) -> bool:
+    if node.op_type == "Identity":
+        return True
+    if node.op_type != "Dropout" or (len(node.output) > 1 and node.output[1]):
+        return False
+    if len(node.input) < 3 or not node.input[2]:
+        return True
+    training = constant.get(node.input[2])
+    return training is not None and not bool(numpy_helper.to_array(training))
+
+
+def _out_channel_axis(node: NodeProto) -> int | None:
+    attributes = {a.name: a for a in node.attribute}
+    if node.op_type == "Conv":
+        return 0
+    if node.op_type == "ConvTranspose":
+        grouped = "group" in attributes and attributes["group"].i != 1
+        return None if grouped else 1
+    if node.op_type == "Gemm":
+        plain = all(attributes[k].f == 1.0 for k in ("alpha", "beta") if k in attributes)
+        transposed = "transB" in attributes and attributes["transB"].i == 1
+        return (0 if transposed else 1) if plain else None
+    return None
+
+
+def _scale_into(
+    model: ModelProto, conv: NodeProto, norm: NodeProto, weights: Weights, axis: int
+) -> None:
+    epsilon = next((a.f for a in norm.attribute if a.name == "epsilon"), 1e-5)
+    gamma, beta, mean, variance = (
+        np.asarray(weights.read(name), np.float64) for name in norm.input[1:5]
+    )
+    weight = weights.read(conv.input[1])
+    factor = gamma / np.sqrt(variance + epsilon)
+    shape = [1] * weight.ndim
+    shape[axis] = -1
+    bias = np.zeros_like(mean)
+    if len(conv.input) > 2 and conv.input[2]:
+        bias = np.asarray(weights.read(conv.input[2]), np.float64)
+    new_weight = (np.asarray(weight, np.float64) * factor.reshape(shape)).astype(weight.dtype)
+    new_bias = ((bias - mean) * factor + beta).astype(weight.dtype)
+    names = (f"{conv.name}.folded_weight", f"{conv.name}.folded_bias")
+    model.graph.initializer.append(numpy_helper.from_array(new_weight, names[0]))
+    model.graph.initializer.append(numpy_helper.from_array(new_bias, names[1]))
+    inputs = [conv.input[0], *names]
+    del conv.input[:]
+    conv.input.extend(inputs)
+
+
+def opset_of(model: ModelProto) -> int:
+    """The version of the default operator set. Raises QD202 when the model imports none."""
+    for entry in model.opset_import:
+        if entry.domain in ("", "ai.onnx"):
+            return int(entry.version)
+    raise ModelError(
+        "QD202",
+        where="opset_import",
+        got="no default operator set",
+        expected="a model of the ai.onnx domain",
+        mend="export the model with the standard ONNX operators",
+    )

@@ -1,0 +1,12 @@
+"""Deciding how each layer is quantized, and with which numbers.
+
+``precision``  the named precisions a layer can have.
+``choice``     what is chosen for one layer.
+``rules``      choices by name, pattern or operator type.
+``quantizer``  the numbers of one quantized tensor.
+``plan``       the whole decision for a model, as versioned JSON.
+``fusion``     layers that a chip computes together with the one before.
+``scope``      which layers are quantized at all.
+``planner``    statistics and choices in, plan out.
+``target``     what a chip's numbers look like; the one place where numbers are snapped.
+"""

@@ -1,0 +1,201 @@
+"""The whole decision for a model, as versioned JSON."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qdist.digest import digest_json
+from qdist.errors import PlanError
+from qdist.files import write_json
+from qdist.plan.choice import LayerChoice
+from qdist.plan.quantizer import Quantizer
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedInput:
+    """One quantized input of a layer."""
+
+    index: int
+    tensor: str
+    quantizer: Quantizer
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {"index": self.index, "tensor": self.tensor, "quantizer": self.quantizer.to_json()}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> QuantizedInput:
+        """From `to_json`."""
+        return cls(
+            index=value["index"],
+            tensor=value["tensor"],
+            quantizer=Quantizer.from_json(value["quantizer"]),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerPlan:
+    """One layer: what was chosen, the numbers, and why an input stays float.
+
+    ``why``: where the choice comes from. ``left_float``: input tensor -> reason.
+    """
+
+    name: str
+    op_type: str
+    choice: LayerChoice
+    activations: tuple[QuantizedInput, ...]
+    weights: tuple[QuantizedInput, ...]
+    why: str
+    left_float: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any input is quantized."""
+        return bool(self.activations or self.weights)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {
+            "name": self.name,
+            "op_type": self.op_type,
+            "choice": self.choice.to_json(),
+            "activations": [entry.to_json() for entry in self.activations],
+            "weights": [entry.to_json() for entry in self.weights],
+            "why": self.why,
+            "left_float": self.left_float,
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> LayerPlan:
+        """From `to_json`."""
+        return cls(
+            name=value["name"],
+            op_type=value["op_type"],
+            choice=LayerChoice(**value["choice"]),
+            activations=tuple(QuantizedInput.from_json(v) for v in value["activations"]),
+            weights=tuple(QuantizedInput.from_json(v) for v in value["weights"]),
+            why=value["why"],
+            left_float=dict(value["left_float"]),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizationPlan:
+    """How every layer of one model is quantized.
+
+    ``model_digest``: of the frozen model it fits. ``statistics_digest``: of the record that the
+    ranges come from. ``notes``: what the user should know.
+    """
+
+    model_digest: str
+    statistics_digest: str
+    layers: tuple[LayerPlan, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """Hex SHA-256 of everything but the notes."""
+        return digest_json({**self.to_json(), "notes": []})
+
+    @property
+    def opset(self) -> int:
+        """The lowest opset that the plan needs."""
+        used = [layer.choice.bits.opset for layer in self.layers if layer.is_quantized]
+        return max(used, default=13)
+
+    def counts(self) -> Counter[str]:
+        """How many layers have each precision; ``float32`` counts what stays float."""
+        return Counter(
+            layer.choice.precision if layer.is_quantized else "float32" for layer in self.layers
+        )
+
+    def coverage(self) -> Coverage:
+        """How much of the model is quantized."""
+        compute = [layer for layer in self.layers if layer.op_type in _COMPUTE]
+        both = sum(not layer.left_float and layer.is_quantized for layer in compute)
+        tensors = {
+            (entry.tensor, entry.quantizer.key)
+            for layer in self.layers
+            for entry in layer.activations
+        }
+        return Coverage(n_compute=len(compute), n_quantized=both, n_activations=len(tensors))
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {
+            "qdist_plan": SCHEMA,
+            "model_digest": self.model_digest,
+            "statistics_digest": self.statistics_digest,
+            "notes": list(self.notes),
+            "layers": [layer.to_json() for layer in self.layers],
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> QuantizationPlan:
+        """From `to_json`. Raises `KeyError`, `TypeError` or `ValueError` on anything else."""
+        if value["qdist_plan"] != SCHEMA:
+            raise ValueError(f"schema {value['qdist_plan']}, this version reads {SCHEMA}")
+        return cls(
+            model_digest=value["model_digest"],
+            statistics_digest=value["statistics_digest"],
+            layers=tuple(LayerPlan.from_json(v) for v in value["layers"]),
+            notes=tuple(value["notes"]),
+        )
+
+    def save(self, path: Path) -> Path:
+        """Write the plan as JSON, whole or not at all. Raises QD603."""
+        return write_json(path, self.to_json())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coverage:
+    """``n_quantized`` of ``n_compute`` matmul- and conv-like layers have every data input
+    quantized; ``n_activations`` distinct activations are."""
+
+    n_compute: int
+    n_quantized: int
+    n_activations: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.n_quantized} of {self.n_compute} matmul- and conv-like layers, "
+            f"{self.n_activations} activations"
+        )
+
+
+def load_plan(path: Path, model_digest: str | None = None) -> QuantizationPlan:
+    """Read a plan; with ``model_digest``, one for that model. Raises QD504, QD505."""
+    try:
+        plan = QuantizationPlan.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise _unreadable(path, "nothing there") from error
+    except (OSError, KeyError, TypeError, ValueError, PlanError) as error:
+        raise _unreadable(path, f"{type(error).__name__}: {error}") from error
+    if model_digest is not None and plan.model_digest != model_digest:
+        raise PlanError(
+            "QD505",
+            where=str(path),
+            got=f"a plan for model {plan.model_digest[:12]}",
+            expected=f"one for model {model_digest[:12]}",
+            mend="give the model that the plan was made for, or run qdist quantize again",
+        )
+    return plan
+
+
+def _unreadable(path: Path, got: str) -> PlanError:
+    return PlanError(
+        "QD504",
+        where=str(path),
+        got=got,
+        expected=f"a qdist plan (JSON, schema {SCHEMA})",
+        mend="run qdist quantize, or give another file with plan=FILE",
+    )
+
+
+_COMPUTE = ("Conv", "ConvTranspose", "MatMul", "Gemm")

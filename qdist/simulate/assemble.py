@@ -1,0 +1,102 @@
+"""A frozen graph and a projected plan in, the quantized graph out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from onnx import ModelProto, NodeProto
+
+from qdist.errors import ModelError
+from qdist.model import rewrite
+from qdist.model.freeze import FrozenModel
+from qdist.model.opset import IR_VERSION_OF_OPSET, raise_opset
+from qdist.model.weights import Weights
+from qdist.plan.plan import LayerPlan
+from qdist.plan.target import ProjectedPlan
+from qdist.simulate.pairs import IntegerWeight, Pairs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedGraph:
+    """A graph whose integer weights are still to be computed.
+
+    ``proto``: the graph; tensors named in ``integer_weights`` have no data yet, others may lie in
+    external files below ``data_folder``. ``weights`` reads the float weights.
+    """
+
+    proto: ModelProto
+    integer_weights: tuple[IntegerWeight, ...]
+    weights: Weights
+    data_folder: Path
+
+
+def assemble(frozen: FrozenModel, projected: ProjectedPlan) -> QuantizedGraph:
+    """The frozen graph with Q/DQ pairs where the plan says so.
+
+    Opset 13 for 8-bit plans, 21 when a layer has 4 or 16 bits. Raises QD206, QD208.
+    """
+    plan = projected.plan
+    proto = raised(frozen, plan.opset)
+    weights = frozen.weights()
+    pairs = Pairs(weights)
+    by_name = {layer.name: layer for layer in plan.layers if layer.is_quantized}
+    nodes: list[NodeProto] = []
+    placed: set[str] = set()
+    for node in proto.graph.node:
+        layer = by_name.pop(node.name, None)
+        if layer is not None:
+            for name in replace_inputs(node, layer, pairs):
+                if name not in placed:
+                    nodes.extend(pairs.nodes[name])
+                    placed.add(name)
+        nodes.append(node)
+    if by_name:
+        raise _unknown_layers(frozen, list(by_name))
+    set_nodes(proto, nodes)
+    proto.graph.initializer.extend(pairs.initializers)
+    rewrite.remove_dead(proto)
+    proto.ir_version = max(proto.ir_version, IR_VERSION_OF_OPSET.get(rewrite.opset_of(proto), 10))
+    proto.producer_name = "qdist"
+    return QuantizedGraph(
+        proto=proto,
+        integer_weights=tuple(pairs.integer_weights),
+        weights=weights,
+        data_folder=frozen.data_folder,
+    )
+
+
+def raised(frozen: FrozenModel, opset: int) -> ModelProto:
+    """The frozen graph at opset ``opset`` or later, with the same tensor and node names."""
+    proto = raise_opset(frozen.proto(), opset)
+    rewrite.name_nodes(proto)
+    return proto
+
+
+def replace_inputs(node: NodeProto, layer: LayerPlan, pairs: Pairs) -> list[str]:
+    """Point a node's quantized inputs at their dequantized tensors; returns their names."""
+    names = []
+    for entry in layer.activations:
+        names.append(pairs.activation(entry.tensor, entry.quantizer))
+        node.input[entry.index] = names[-1]
+    for entry in layer.weights:
+        names.append(pairs.weight(entry.tensor, entry.quantizer))
+        node.input[entry.index] = names[-1]
+    return names
+
+
+def set_nodes(proto: ModelProto, nodes: list[NodeProto]) -> None:
+    """Replace all nodes of the main graph."""
+    copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del proto.graph.node[:]
+    proto.graph.node.extend(copies)
+
+
+def _unknown_layers(frozen: FrozenModel, names: list[str]) -> ModelError:
+    return ModelError(
+        "QD208",
+        where=str(frozen.source),
+        got=f"no layer {', '.join(sorted(names)[:3])}",
+        expected="every layer of the plan in the model",
+        mend="run qdist quantize for this model",
+    )

@@ -1,0 +1,90 @@
+"""Every quantized layer beside its float self, both fed by the float activations.
+
+One run of this graph gives the error that each layer adds on its own, for all layers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import onnx
+from onnx import NodeProto
+
+from qdist.model import rewrite
+from qdist.model.freeze import FrozenModel
+from qdist.model.opset import IR_VERSION_OF_OPSET
+from qdist.plan.plan import LayerPlan
+from qdist.plan.target import ProjectedPlan
+from qdist.simulate.assemble import QuantizedGraph, raised, replace_inputs, set_nodes
+from qdist.simulate.pairs import Pairs
+
+SUFFIX = ".twin"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TwinGraph:
+    """``graph`` has, for each entry of ``outputs`` (layer -> its first output), the float tensor
+    of that name and the twin's of the name with `SUFFIX`."""
+
+    graph: QuantizedGraph
+    outputs: dict[str, str]
+
+
+def twin_graph(frozen: FrozenModel, projected: ProjectedPlan) -> TwinGraph:
+    """The frozen graph with a quantized twin of every quantized layer. Raises QD206."""
+    plan = projected.plan
+    proto = raised(frozen, plan.opset)
+    weights = frozen.weights()
+    pairs = Pairs(weights)
+    by_name = {layer.name: layer for layer in plan.layers if layer.is_quantized}
+    nodes: list[NodeProto] = []
+    placed: set[str] = set()
+    outputs: dict[str, str] = {}
+    for node in proto.graph.node:
+        nodes.append(node)
+        layer = by_name.get(node.name)
+        if layer is None:
+            continue
+        twin = _twin(node)
+        for name in replace_inputs(twin, layer, pairs):
+            if name not in placed:
+                nodes.extend(pairs.nodes[name])
+                placed.add(name)
+        nodes.append(twin)
+        outputs[layer.name] = node.output[0]
+    set_nodes(proto, nodes)
+    proto.graph.initializer.extend(pairs.initializers)
+    del proto.graph.output[:]
+    for name in outputs.values():
+        proto.graph.output.append(onnx.ValueInfoProto(name=name))
+        proto.graph.output.append(onnx.ValueInfoProto(name=name + SUFFIX))
+    rewrite.remove_dead(proto)
+    proto.ir_version = max(proto.ir_version, IR_VERSION_OF_OPSET.get(rewrite.opset_of(proto), 10))
+    graph = QuantizedGraph(
+        proto=proto,
+        integer_weights=tuple(pairs.integer_weights),
+        weights=weights,
+        data_folder=frozen.data_folder,
+    )
+    return TwinGraph(graph=graph, outputs=outputs)
+
+
+def _twin(node: NodeProto) -> NodeProto:
+    twin = NodeProto.FromString(node.SerializeToString())
+    twin.name += SUFFIX
+    renamed = [name + SUFFIX if name else "" for name in twin.output]
+    del twin.output[:]
+    twin.output.extend(renamed)
+    return twin
+
+
+def only(projected: ProjectedPlan, names: set[str]) -> ProjectedPlan:
+    """The projected plan with every layer outside ``names`` left float."""
+    layers = tuple(
+        layer if layer.name in names else _float(layer) for layer in projected.plan.layers
+    )
+    return replace(projected, plan=replace(projected.plan, layers=layers))
+
+
+def _float(layer: LayerPlan) -> LayerPlan:
+    return replace(layer, activations=(), weights=())

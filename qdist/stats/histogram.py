@@ -1,0 +1,134 @@
+"""The counts of one tensor, and what can be read off them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdist.stats import grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """Sparse counts of one tensor over the grid's bins.
+
+    ``bins`` uint16[n] ascending, ``counts`` uint64[n] > 0; ``minimum`` and ``maximum`` are the
+    exact extrema of the finite values as float32 (``+inf``/``-inf`` when there are none).
+    """
+
+    bins: NDArray[np.uint16]
+    counts: NDArray[np.uint64]
+    minimum: float
+    maximum: float
+
+    def __post_init__(self) -> None:
+        if self.bins.shape != self.counts.shape or self.bins.ndim != 1:
+            raise ValueError(f"{self.bins.shape} bins but {self.counts.shape} counts")
+
+    @property
+    def n_values(self) -> int:
+        """How many values were counted, NaNs and infinities included."""
+        return int(self.counts.sum())
+
+    @property
+    def n_nan(self) -> int:
+        """How many of them were NaN."""
+        return int(self.counts[grid.is_nan_bin(self.bins)].sum())
+
+    @property
+    def n_infinite(self) -> int:
+        """How many of them were infinite."""
+        return int(self.counts[grid.is_infinite_bin(self.bins)].sum())
+
+    @property
+    def n_zero(self) -> int:
+        """How many of them were zero (or denormal)."""
+        return int(self.counts[(self.bins & np.uint16(0x7FFF)) == 0].sum())
+
+    @cached_property
+    def finite(self) -> Density:
+        """The finite values as a density on intervals, ascending."""
+        keep = ~(grid.is_nan_bin(self.bins) | grid.is_infinite_bin(self.bins))
+        bins, counts = self.bins[keep], self.counts[keep]
+        order = grid.ascending(bins)
+        edges = grid.edges_of(bins[order])
+        # The exact extrema cut the outermost bins.
+        lower = np.clip(edges.lower, self.minimum, self.maximum)
+        upper = np.clip(edges.upper, self.minimum, self.maximum)
+        return Density(lower=lower, upper=upper, counts=counts[order].astype(np.float64))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Density:
+    """Finite values spread evenly over ascending, disjoint intervals.
+
+    ``lower``, ``upper``, ``counts``: float64[n]. An interval of no width is a point mass.
+    """
+
+    lower: NDArray[np.float64]
+    upper: NDArray[np.float64]
+    counts: NDArray[np.float64]
+
+    @property
+    def total(self) -> float:
+        """How many values there are."""
+        return float(self.counts.sum())
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are none."""
+        return self.counts.size == 0
+
+    @property
+    def minimum(self) -> float:
+        """The smallest value; 0 when empty."""
+        return float(self.lower[0]) if self.counts.size else 0.0
+
+    @property
+    def maximum(self) -> float:
+        """The largest value; 0 when empty."""
+        return float(self.upper[-1]) if self.counts.size else 0.0
+
+    @cached_property
+    def centers(self) -> NDArray[np.float64]:
+        """The middle of each interval."""
+        return (self.lower + self.upper) / 2
+
+    @cached_property
+    def second_moment(self) -> float:
+        """Mean of x^2 over the density; 0 when empty."""
+        if self.is_empty:
+            return 0.0
+        square = (self.lower**2 + self.lower * self.upper + self.upper**2) / 3
+        return float(np.dot(self.counts, square) / self.total)
+
+    def magnitudes(self) -> Density:
+        """The density of |x|, ascending; intervals of both signs may coincide."""
+        negative = self.upper <= 0
+        lower = np.where(negative, -self.upper, self.lower)
+        upper = np.where(negative, -self.lower, self.upper)
+        straddles = (self.lower < 0) & (self.upper > 0)
+        lower = np.where(straddles, 0.0, lower)
+        upper = np.where(straddles, np.maximum(-self.lower, self.upper), upper)
+        order = np.argsort(lower, kind="stable")
+        return Density(lower=lower[order], upper=upper[order], counts=self.counts[order])
+
+    def share_outside(self, low: float, high: float) -> float:
+        """Share of the values below ``low`` or above ``high``."""
+        if self.is_empty:
+            return 0.0
+        inside = np.clip(self._mass_below(high) - self._mass_below(low), 0.0, None)
+        points = self.counts[(self.lower == self.upper) & (self.lower == low)].sum()
+        return float(max(0.0, 1.0 - (inside + points) / self.total))
+
+    def _mass_below(self, x: float) -> float:
+        width = self.upper - self.lower
+        part = np.where(
+            width > 0,
+            np.clip((x - self.lower) / np.where(width > 0, width, 1.0), 0.0, 1.0),
+            (self.lower <= x).astype(np.float64),
+        )
+        return float(np.dot(self.counts, part))

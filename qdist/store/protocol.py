@@ -1,0 +1,54 @@
+"""What any calibration store must do."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from qdist.model.taps import TapTable
+from qdist.stats.record import CalibrationRecord
+from qdist.store.identity import Identity
+from qdist.store.receipt import ShardReceipt
+
+
+@runtime_checkable
+class CalibrationStore(Protocol):
+    """The records of one calibration identity.
+
+    Safe for any number of processes at once: a record is written under its shard's id, then its
+    receipt is created only if absent, so the first complete result wins and half of one never
+    counts. Instances are used by one thread at a time and are cheap to reopen elsewhere.
+    """
+
+    @property
+    def identity(self) -> Identity:
+        """What the store was made for."""
+        ...
+
+    @property
+    def taps(self) -> TapTable:
+        """The measured tensors: rows of every record, with their aliases."""
+        ...
+
+    def commit(self, receipt: ShardReceipt, record: CalibrationRecord) -> bool:
+        """Keep a shard's record; False when another process was first. Raises QD404."""
+        ...
+
+    def receipts(self) -> list[ShardReceipt]:
+        """All committed shards, sorted by id. Damaged receipts count as absent."""
+        ...
+
+    def read(self, receipt: ShardReceipt) -> CalibrationRecord:
+        """The record of a committed shard. Raises QD403 when it is damaged or missing."""
+        ...
+
+    def discard(self, shard_id: str) -> None:
+        """Forget a shard whose record turned out to be damaged, so that it can be redone."""
+        ...
+
+    def finish(self, name: str, record: CalibrationRecord, about: dict[str, Any]) -> None:
+        """Keep a merged record under ``name`` and make it the one that `latest` gives."""
+        ...
+
+    def latest(self) -> tuple[CalibrationRecord, dict[str, Any]]:
+        """The last finished merge and what was said about it. Raises QD402, QD403."""
+        ...

@@ -1,0 +1,285 @@
+"""A calibration store on Zarr v3, local paths.
+
+Layout (schema 1)::
+
+    zarr.json                   group; attributes: schema, identity, taps
+    records/<shard id>/         group of arrays key int64[m], count uint64[m], extrema float32[n,2]
+    receipts/<shard id>/        group; attributes: the receipt. Created last, only if absent
+    merged/<name>/              group of the same three arrays
+    finished/<name>/            group; attributes: what was merged, and its digest
+    head.json                   name of the last finished merge
+
+Every chunk carries a CRC-32C, and every record a SHA-256 in its receipt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import LocalStore
+
+from qdist.errors import StoreError
+from qdist.model.taps import TapPoint, TapTable
+from qdist.stats.record import CalibrationRecord
+from qdist.store.identity import Identity
+from qdist.store.receipt import ShardReceipt
+
+SCHEMA = 1
+
+
+class ZarrStore:
+    """`CalibrationStore` in a local folder. See the protocol for ownership and concurrency."""
+
+    def __init__(self, path: Path, identity: Identity, taps: TapTable) -> None:
+        self.path = path
+        self._identity = identity
+        self._taps = taps
+        self._store = LocalStore(path)
+
+    @classmethod
+    def create(cls, path: Path, identity: Identity, taps: TapTable) -> ZarrStore:
+        """Open the store at ``path`` for ``identity``, making it when there is none.
+
+        Raises `StoreError`: QD401 made for another identity, QD404 cannot be written, QD405.
+        """
+        path = path.absolute()
+        if not (path / "zarr.json").exists():
+            _refuse_foreign_folder(path)
+            with _writing(path):
+                attributes = {
+                    "qdist": {
+                        "schema": SCHEMA,
+                        "kind": "calibration",
+                        "identity": identity.to_json(),
+                        "taps": _taps_json(taps),
+                    }
+                }
+                path.mkdir(parents=True, exist_ok=True)
+                _create_group(LocalStore(path), "", attributes)
+        store = cls.open(path)
+        different = store.identity.differences(identity)
+        if different:
+            raise StoreError(
+                "QD401",
+                where=str(path),
+                got="a store that differs in " + "; ".join(different),
+                expected="a store of the same model, preprocessing, processor and settings",
+                mend="choose another store.path, or remove the old store if it is not needed",
+            )
+        return store
+
+    @classmethod
+    def open(cls, path: Path) -> ZarrStore:
+        """Open an existing store, whatever it was made for. Raises QD402, QD405."""
+        path = path.absolute()
+        if not (path / "zarr.json").is_file():
+            raise StoreError(
+                "QD402",
+                where=str(path),
+                got="no store",
+                expected="a store that qdist calibrate has written",
+                mend="run qdist calibrate with the same model and store.path first",
+            )
+        try:
+            about = dict(zarr.open_group(LocalStore(path, read_only=True), mode="r").attrs)
+            own = cast(dict[str, Any], about["qdist"])
+            schema = own["schema"]
+        except (KeyError, ValueError, OSError) as error:
+            raise _bad_schema(path, "a Zarr group that qdist did not make") from error
+        if schema != SCHEMA:
+            raise _bad_schema(path, f"schema {schema}")
+        try:
+            return cls(path, Identity.from_json(own["identity"]), _taps_from_json(own["taps"]))
+        except (KeyError, TypeError) as error:
+            raise _bad_schema(path, "incomplete attributes") from error
+
+    @property
+    def identity(self) -> Identity:
+        """What the store was made for."""
+        return self._identity
+
+    @property
+    def taps(self) -> TapTable:
+        """The measured tensors."""
+        return self._taps
+
+    def commit(self, receipt: ShardReceipt, record: CalibrationRecord) -> bool:
+        """Keep a shard's record; False when another process was first. Raises QD404."""
+        with _writing(self.path):
+            self._write_record(f"records/{receipt.shard_id}", record)
+            return _create_group(
+                self._store, f"receipts/{receipt.shard_id}", {"receipt": receipt.to_json()}
+            )
+
+    def receipts(self) -> list[ShardReceipt]:
+        """All committed shards, sorted by id. Damaged receipts count as absent."""
+        found = []
+        for name in self._children("receipts"):
+            try:
+                attributes = zarr.open_group(self._store, path=f"receipts/{name}", mode="r").attrs
+                found.append(ShardReceipt.from_json(cast(dict[str, Any], attributes["receipt"])))
+            except (KeyError, TypeError, ValueError, OSError):
+                continue
+        return sorted(found, key=lambda receipt: receipt.shard_id)
+
+    def read(self, receipt: ShardReceipt) -> CalibrationRecord:
+        """The record of a committed shard. Raises QD403 when it is damaged or missing."""
+        record = self._read_record(f"records/{receipt.shard_id}", receipt.n_samples)
+        if record.digest != receipt.record_digest:
+            raise _damaged(self.path, f"records/{receipt.shard_id}", "another digest")
+        return record
+
+    def discard(self, shard_id: str) -> None:
+        """Forget a shard, so that it can be redone."""
+        with _writing(self.path):
+            for folder in ("receipts", "records"):
+                sync(self._store.delete_dir(f"{folder}/{shard_id}"))
+
+    def finish(self, name: str, record: CalibrationRecord, about: dict[str, Any]) -> None:
+        """Keep a merged record under ``name`` and make it the latest. Raises QD404."""
+        with _writing(self.path):
+            if name not in self._children("finished"):
+                self._write_record(f"merged/{name}", record)
+                told = {"about": about, "digest": record.digest, "n_samples": record.n_samples}
+                _create_group(self._store, f"finished/{name}", told)
+            head = json.dumps({"finished": name}).encode()
+            sync(self._store.set("head.json", default_buffer_prototype().buffer.from_bytes(head)))
+
+    def latest(self) -> tuple[CalibrationRecord, dict[str, Any]]:
+        """The last finished merge and what was said about it. Raises QD402, QD403."""
+        head = sync(self._store.get("head.json", default_buffer_prototype()))
+        if head is None:
+            raise StoreError(
+                "QD402",
+                where=str(self.path),
+                got=f"{len(self.receipts())} finished shards but no finished calibration",
+                expected="a calibration that ran to its end",
+                mend="run qdist calibrate again; it goes on where it stopped",
+            )
+        try:
+            name = str(json.loads(head.to_bytes())["finished"])
+            group = zarr.open_group(self._store, path=f"finished/{name}", mode="r")
+            told = dict(group.attrs)
+            n_samples, digest = int(cast(int, told["n_samples"])), str(told["digest"])
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            raise _damaged(self.path, "head.json", str(error)) from error
+        record = self._read_record(f"merged/{name}", n_samples)
+        if record.digest != digest:
+            raise _damaged(self.path, f"merged/{name}", "another digest")
+        return record, cast(dict[str, Any], told["about"])
+
+    def _children(self, folder: str) -> list[str]:
+        async def names() -> list[str]:
+            return [name async for name in self._store.list_dir(folder)]
+
+        return sorted(name for name in sync(names()) if name != "zarr.json")
+
+    def _write_record(self, folder: str, record: CalibrationRecord) -> None:
+        group = zarr.create_group(self._store, path=folder, overwrite=True)
+        arrays = {"key": record.keys, "count": record.counts, "extrema": record.extrema}
+        for name, values in arrays.items():
+            array = group.create_array(
+                name,
+                shape=values.shape,
+                dtype=values.dtype,
+                chunks=tuple(max(1, n) for n in values.shape),
+                compressors=(ZstdCodec(level=3), Crc32cCodec()),
+                # Counts are never 0 and keys never -1, so a missing chunk cannot pass for data.
+                fill_value=np.nan
+                if values.dtype.kind == "f"
+                else np.array(-1).astype(values.dtype),
+                config={"write_empty_chunks": True},
+            )
+            array[...] = values
+
+    def _read_record(self, folder: str, n_samples: int) -> CalibrationRecord:
+        try:
+            group = zarr.open_group(self._store, path=folder, mode="r")
+            keys, counts, extrema = (
+                np.asarray(cast(zarr.Array[Any], group[name])[...])
+                for name in ("key", "count", "extrema")
+            )
+            return CalibrationRecord(
+                tensors=self._taps.tensors,
+                keys=keys.astype(np.int64, copy=False),
+                counts=counts.astype(np.uint64, copy=False),
+                extrema=extrema.astype(np.float32, copy=False),
+                n_samples=n_samples,
+            )
+        except (KeyError, ValueError, OSError, RuntimeError) as error:
+            raise _damaged(self.path, folder, str(error)) from error
+
+
+def _create_group(store: LocalStore, path: str, attributes: dict[str, Any]) -> bool:
+    """Write a group's metadata only if there is none; whether this call was the one."""
+    document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    key = f"{path}/zarr.json" if path else "zarr.json"
+    data = default_buffer_prototype().buffer.from_bytes(json.dumps(document).encode())
+    if sync(store.exists(key)):
+        return False
+    sync(store.set_if_not_exists(key, data))
+    written = sync(store.get(key, default_buffer_prototype()))
+    return written is not None and written.to_bytes() == data.to_bytes()
+
+
+def _taps_json(taps: TapTable) -> dict[str, Any]:
+    return {
+        "points": [[p.tensor, p.dtype, p.is_input] for p in taps.points],
+        "aliases": taps.aliases,
+        "untapped": taps.untapped,
+    }
+
+
+def _taps_from_json(value: dict[str, Any]) -> TapTable:
+    points = (TapPoint(tensor=t, dtype=d, is_input=i) for t, d, i in value["points"])
+    return TapTable(points=tuple(points), aliases=value["aliases"], untapped=value["untapped"])
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(
+            "QD404",
+            where=str(path),
+            got=error.strerror or str(error),
+            expected="a folder that every worker can write",
+            mend="free some space, change its permissions, or choose another store.path",
+        ) from error
+
+
+def _refuse_foreign_folder(path: Path) -> None:
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise _bad_schema(path, "a file" if path.is_file() else "a folder with other files in it")
+
+
+def _bad_schema(path: Path, got: str) -> StoreError:
+    return StoreError(
+        "QD405",
+        where=str(path),
+        got=got,
+        expected=f"a qdist calibration store of schema {SCHEMA}",
+        mend="choose another store.path, or calibrate again with this version",
+    )
+
+
+def _damaged(path: Path, name: str, reason: str) -> StoreError:
+    return StoreError(
+        "QD403",
+        where=f"{path}/{name}",
+        got=reason,
+        expected="the record as it was written",
+        mend="run qdist calibrate again; it measures damaged shards anew",
+    )

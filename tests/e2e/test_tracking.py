@@ -1,0 +1,520 @@
+"""Tracking against real stores: SQLite files and an ``mlflow server`` over HTTP."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from qdist.cli.tracking import SPOOL_NAME, Tracker, TrackingSpec, open_tracker
+from qdist.errors import ArtifactError, ConfigError, TrackingError
+from tests.e2e.mlflow_server import MlflowServer, free_port, mlflow_server
+
+SCORES = [0.91, 0.95, 0.93]
+
+
+def spec(
+    uri: str, *, artifacts: Literal["all", "best", "none"] = "all", enabled: bool = True
+) -> TrackingSpec:
+    return TrackingSpec(
+        uri=uri, experiment="digits", artifacts=artifacts, enabled=enabled, run_name=None
+    )
+
+
+def sqlite_uri(folder: Path) -> str:
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def client_for(uri: str) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def artifact(uri: str, run_id: str, name: str, folder: Path) -> str:
+    return Path(client_for(uri).download_artifacts(run_id, name, str(folder))).read_text()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    with mlflow_server(tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+@pytest.fixture(params=["sqlite", "http"])
+def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return sqlite_uri(tmp_path / "a folder with spaces")
+    running: MlflowServer = request.getfixturevalue("server")
+    return running.url
+
+
+def record_search(tracker: Tracker, model: Path) -> tuple[str, list[str]]:
+    """A parent with three trials, as a search writes them; their run ids."""
+    children: list[str] = []
+    with tracker.start_run(
+        "search vit",
+        command="search",
+        config={"search": {"n_trials": 3, "tolerance": float("inf")}, "model": Path("vit.onnx")},
+        params={"strategy": "greedy"},
+        tags={"team": "vision"},
+        model_digest="aa" * 32,
+        data_digest="bb" * 32,
+    ) as parent:
+        for number, score in enumerate(SCORES):
+            with parent.start_child(
+                f"trial-{number:03d} int8", params={"bits": 8 + number}, number=number
+            ) as child:
+                child.log_metrics({"score": score, "size_bytes": 1000 + number})
+                for step in range(3):
+                    child.log_metrics({"loss": 1.0 / (1 + step)}, step=step)
+                child.log_table([{"layer": "fc1", "bits": 8}, {"layer": "fc2", "snr": 9.5}], "map")
+                child.log_json({"ranges": [0.5, float("nan")]}, "plan/ranges.json")
+                child.log_artifact(model, "model")
+                children.append(child.id)
+        parent.log_text("three trials\n", "summary.txt")
+        return parent.id, children
+
+
+def test_parent_and_trials_are_recorded(uri: str, tmp_path: Path) -> None:
+    model = tmp_path / "vit.onnx"
+    model.write_bytes(b"weights")
+    with open_tracker(spec(uri), spool_folder=tmp_path / "out") as tracker:
+        parent_id, children = record_search(tracker, model)
+        assert tracker.n_spooled == 0
+
+    client = client_for(uri)
+    parent = client.get_run(parent_id)
+    assert parent.info.status == "FINISHED"
+    assert parent.info.run_name == "search vit"
+    assert parent.data.params == {"strategy": "greedy"}
+    tags = parent.data.tags
+    assert tags["team"] == "vision"
+    assert tags["qdist.command"] == "search"
+    assert tags["qdist.model_digest"] == "aa" * 32
+    assert tags["qdist.data_digest"] == "bb" * 32
+    assert tags["qdist.version"]
+    curve = client.get_metric_history(parent_id, "score")
+    assert sorted((point.step, point.value) for point in curve) == list(enumerate(SCORES))
+    assert client.get_metric_history(parent_id, "loss") == []
+    config = artifact(uri, parent_id, "config.yaml", tmp_path)
+    assert config.splitlines()[:2] == ["search:", "  n_trials: 3"]
+    assert artifact(uri, parent_id, "summary.txt", tmp_path) == "three trials\n"
+
+    for number, child_id in enumerate(children):
+        child = client.get_run(child_id)
+        assert child.info.status == "FINISHED"
+        assert child.info.run_name == f"trial-{number:03d} int8"
+        assert child.data.tags["mlflow.parentRunId"] == parent_id
+        assert child.data.params == {"bits": str(8 + number)}
+        assert child.data.metrics["score"] == SCORES[number]
+        assert child.data.metrics["size_bytes"] == 1000 + number
+        losses = client.get_metric_history(child_id, "loss")
+        assert sorted((point.step, point.value) for point in losses) == [
+            (0, 1.0),
+            (1, 0.5),
+            (2, 1.0 / 3),
+        ]
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        rows = list(csv.DictReader(artifact(uri, child_id, "map.csv", folder).splitlines()))
+        assert rows == [
+            {"layer": "fc1", "bits": "8", "snr": ""},
+            {"layer": "fc2", "bits": "", "snr": "9.5"},
+        ]
+        ranges = json.loads(artifact(uri, child_id, "plan/ranges.json", folder))
+        assert ranges == {"ranges": [0.5, "nan"]}
+        assert artifact(uri, child_id, "model/vit.onnx", folder) == "weights"
+
+
+def test_awkward_names_and_values_are_kept_and_confessed(uri: str, tmp_path: Path) -> None:
+    long_name, long_value = "x/" * 200 + "y", "int8," * 3000
+    with (
+        open_tracker(spec(uri), spool_folder=tmp_path / "out") as tracker,
+        tracker.start_run("odd", command="quantize", config={}) as run,
+    ):
+        run.log_params({"/blk.0/MatMul:0 (a)[1],b": "int8", "plan": long_value, long_name: 1})
+        run.log_params({"m(1)": 1, "m[1]": 2, "../..": 3, "": 4})
+        run.log_metrics({"ok": 1.0, "sqnr(fc1)": float("inf"), "bad": float("nan")}, step=4)
+        run.set_tags({"note": "n" * 9000})
+    assert tracker.n_spooled == 0
+
+    data = client_for(uri).get_run(run.id).data
+    assert data.params["blk.0/MatMul_0 _a__1__b"] == "int8"
+    assert {data.params["m_1_"], data.params[next(k for k in data.params if "m_1_-" in k)]} == {
+        "1",
+        "2",
+    }
+    assert [len(key) for key in data.params if key.startswith("x/")] in ([249], [250])
+    assert {data.params[key] for key in data.params if key.startswith("unnamed")} == {"3", "4"}
+    shown = data.params["plan"]
+    assert len(shown) == 500
+    assert shown.endswith("\u2026 (15000 characters, see params/plan.txt)")
+    assert artifact(uri, run.id, "params/plan.txt", tmp_path) == long_value
+    assert len(data.tags["note"]) == 4000
+    assert artifact(uri, run.id, "tags/note.txt", tmp_path) == "n" * 9000
+    assert data.metrics == {"ok": 1.0}
+    assert data.tags["qdist.skipped.sqnr_fc1_"] == "inf at step 4"
+    assert data.tags["qdist.skipped.bad"] == "nan at step 4"
+
+
+def test_hundreds_of_values_in_one_call(uri: str, tmp_path: Path) -> None:
+    metrics = {f"sqnr/layer.{i}": float(i) for i in range(1200)}
+    params = {f"layer.{i}": "int8" for i in range(250)}
+    with (
+        open_tracker(spec(uri), spool_folder=tmp_path) as tracker,
+        tracker.start_run("wide", command="quantize", config={}, params=params) as run,
+    ):
+        run.log_metrics(metrics)
+    assert tracker.n_spooled == 0
+    data = client_for(uri).get_run(run.id).data
+    assert data.metrics == metrics
+    assert data.params == params
+
+
+def test_exceptions_end_runs_as_failed_or_killed(tmp_path: Path) -> None:
+    uri = sqlite_uri(tmp_path)
+    damage = ConfigError("QD104", where="a", got="b", expected="c", mend="d")
+    with open_tracker(spec(uri), spool_folder=tmp_path) as tracker:
+        parent = tracker.start_run("search", command="search", config={})
+        failed = parent.start_child("trial-000")
+        with pytest.raises(ConfigError), failed:
+            raise damage
+        killed = parent.start_child("trial-001")
+        with pytest.raises(KeyboardInterrupt), killed:
+            raise KeyboardInterrupt
+    outer = pytest.raises(ZeroDivisionError)
+    with outer, open_tracker(spec(uri), spool_folder=tmp_path) as second:
+        left_open = second.start_run("search", command="search", config={})
+        left_open_child = left_open.start_child("trial-000")
+        raise ZeroDivisionError("seven by nought")
+
+    client = client_for(uri)
+    status = {
+        run.id: client.get_run(run.id).info.status
+        for run in (parent, failed, killed, left_open, left_open_child)
+    }
+    assert list(status.values()) == ["FINISHED", "FAILED", "KILLED", "FAILED", "FAILED"]
+    tags = client.get_run(failed.id).data.tags
+    assert tags["qdist.error"] == f"ConfigError: {damage}"
+    assert tags["qdist.error_code"] == "QD104"
+    trace = artifact(uri, left_open.id, "error.txt", tmp_path)
+    assert "Traceback" in trace
+    assert "seven by nought" in trace
+
+
+@pytest.mark.parametrize(
+    ("artifacts", "expected"),
+    [("all", ["p", "c", "b"]), ("best", ["p", "b"]), ("none", [])],
+)
+def test_artifact_policy(
+    artifacts: Literal["all", "best", "none"], expected: list[str], tmp_path: Path
+) -> None:
+    for name in "pcb":
+        (tmp_path / name).write_text(name)
+    uri = sqlite_uri(tmp_path)
+    with (
+        open_tracker(spec(uri, artifacts=artifacts), spool_folder=tmp_path) as tracker,
+        tracker.start_run("search", command="search", config={}) as parent,
+    ):
+        parent.log_artifact(tmp_path / "p", "files")
+        child = parent.start_child("trial-000")
+        child.log_artifact(tmp_path / "c", "files")
+        child.log_artifact(tmp_path / "b", "files", best=True)
+        child.end()
+        with pytest.raises(ArtifactError, match="QD604"):
+            child.log_artifact(tmp_path / "missing")
+    client = client_for(uri)
+    stored = [
+        Path(item.path).name
+        for run in (parent, child)
+        for item in client.list_artifacts(run.id, "files")
+    ]
+    assert sorted(stored) == sorted(expected)
+    assert client.get_run(parent.id).data.tags["qdist.artifacts"] == artifacts
+
+
+def test_dashboard_hints(server: MlflowServer, tmp_path: Path) -> None:
+    secret = server.url.replace("http://", "http://user:secret@")
+    with (
+        open_tracker(spec(secret), spool_folder=tmp_path) as tracker,
+        tracker.start_run("r", command="search", config={}) as run,
+    ):
+        experiment = client_for(server.url).get_experiment_by_name("digits").experiment_id
+        assert tracker.dashboard_hint == f"{server.url}/#/experiments/{experiment}"
+        assert run.url == f"{server.url}/#/experiments/{experiment}/runs/{run.id}"
+    with (
+        open_tracker(spec(sqlite_uri(tmp_path)), spool_folder=tmp_path) as local,
+        local.start_run("r", command="search", config={}) as run,
+    ):
+        command = f"mlflow ui --backend-store-uri {sqlite_uri(tmp_path)}"
+        assert local.dashboard_hint.startswith(command)
+        assert run.url == local.dashboard_hint
+
+
+def test_sqlite_artifacts_land_beside_the_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = dict(os.environ)
+    with (
+        open_tracker(spec("sqlite:///here/mlflow.db"), spool_folder=Path("out")) as tracker,
+        tracker.start_run("r", command="search", config={}) as run,
+    ):
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        run.log_text("x", "note.txt")
+    stored = tmp_path / "here" / "mlartifacts" / run.id / "artifacts" / "note.txt"
+    assert stored.read_text() == "x"
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "here"]
+    leaked = {key for key in os.environ if key.startswith("MLFLOW")} - set(before)
+    assert leaked == set()
+
+
+FIRST_USE = """
+import sys, time
+from pathlib import Path
+from qdist.cli.tracking import TrackingSpec, open_tracker
+import mlflow
+folder = Path(sys.argv[1])
+(folder / f"ready{sys.argv[2]}").touch()
+while not (folder / "go").exists():
+    time.sleep(0.005)
+spec = TrackingSpec(uri=f"sqlite:///{folder / 'mlflow.db'}", experiment="digits",
+                    artifacts="all", enabled=True, run_name=None)
+with open_tracker(spec, spool_folder=folder) as tracker:
+    with tracker.start_run(f"run {sys.argv[2]}", command="search", config={}) as run:
+        run.log_metrics({"score": 1.0})
+    print(tracker.n_spooled)
+"""
+
+
+def test_two_first_users_at_once(tmp_path: Path) -> None:
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", FIRST_USE, str(tmp_path), str(number)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    try:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("ready*"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        (tmp_path / "go").touch()  # both have MLflow loaded: they meet at the database
+        outputs = [process.communicate(timeout=60) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert [out for out, _ in outputs] == ["0\n", "0\n"]
+    client = client_for(sqlite_uri(tmp_path))
+    experiment = client.get_experiment_by_name("digits")
+    runs = client.search_runs([experiment.experiment_id])
+    assert sorted(run.info.run_name for run in runs) == ["run 0", "run 1"]
+    assert not list(tmp_path.glob(".*partial"))
+
+
+def test_a_first_use_killed_halfway_does_not_spoil_the_next(tmp_path: Path) -> None:
+    (tmp_path / "go").touch()
+    process = subprocess.Popen([sys.executable, "-c", FIRST_USE, str(tmp_path), "0"])
+    partial = tmp_path / ".mlflow.db.partial"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (partial.exists() and partial.stat().st_size):
+        time.sleep(0.005)
+    process.kill()
+    process.wait(timeout=10)
+    assert partial.exists()  # else it was killed too early or too late to show anything
+    assert not (tmp_path / "mlflow.db").exists()
+    with (
+        open_tracker(spec(sqlite_uri(tmp_path)), spool_folder=tmp_path) as tracker,
+        tracker.start_run("r", command="search", config={}) as run,
+    ):
+        run.log_metrics({"score": 1.0})
+    assert tracker.n_spooled == 0
+    assert not partial.exists()
+
+
+def test_no_server_is_said_at_once(tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(TrackingError, match="QD901") as caught:
+        open_tracker(
+            spec(f"http://user:secret@127.0.0.1:{free_port()}"), spool_folder=tmp_path / "out"
+        )
+    assert time.monotonic() - started < 15
+    assert "secret" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_server_that_never_answers_is_said_soon(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        started = time.monotonic()
+        with pytest.raises(TrackingError, match="QD901"):
+            open_tracker(spec(f"http://127.0.0.1:{silent.getsockname()[1]}"), spool_folder=tmp_path)
+        assert time.monotonic() - started < 15
+
+
+def test_unusable_databases_are_refused_and_left_alone(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("a regular file where a folder should be")
+    corrupt = tmp_path / "corrupt.db"
+    corrupt.write_bytes(b"not a database " * 1000)
+    foreign = tmp_path / "foreign.db"
+    with sqlite3.connect(foreign) as connection:
+        connection.execute("CREATE TABLE customers (name TEXT)")
+    connection.close()
+    contents = {path: path.read_bytes() for path in (blocked, corrupt, foreign)}
+    for path, reason in [
+        (blocked / "mlflow.db", "file"),
+        (tmp_path, "unable to open"),
+        (corrupt, "file is not a database"),
+        (foreign, "another program"),
+    ]:
+        started = time.monotonic()
+        with pytest.raises(TrackingError, match="QD902") as caught:
+            open_tracker(spec(f"sqlite:///{path}"), spool_folder=tmp_path)
+        assert reason in caught.value.got.lower()
+        assert time.monotonic() - started < 15
+    assert contents == {path: path.read_bytes() for path in contents}
+
+
+def test_a_damaged_mlflow_database_is_refused(tmp_path: Path) -> None:
+    uri = sqlite_uri(tmp_path)
+    open_tracker(spec(uri), spool_folder=tmp_path)
+    with sqlite3.connect(tmp_path / "mlflow.db") as connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'from-the-future'")
+    connection.close()
+    # MLflow keeps opened stores by URI, so another spelling of the path makes it look again.
+    with pytest.raises(TrackingError, match="QD902"):
+        open_tracker(
+            spec(f"sqlite:///{tmp_path}/../{tmp_path.name}/mlflow.db"), spool_folder=tmp_path
+        )
+
+
+def test_a_deleted_experiment_is_said(tmp_path: Path) -> None:
+    uri = sqlite_uri(tmp_path)
+    open_tracker(spec(uri), spool_folder=tmp_path)
+    client = client_for(uri)
+    client.delete_experiment(client.get_experiment_by_name("digits").experiment_id)
+    with pytest.raises(ConfigError, match="was deleted"):
+        open_tracker(spec(uri), spool_folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "uri", ["", "mlruns", "sqlite://", "sqlite:///", "sqlite:///:memory:", "http://", "ftp://x"]
+)
+def test_unknown_uris_are_refused(uri: str) -> None:
+    with pytest.raises(ConfigError, match=r"QD104.*tracking\.uri"):
+        spec(uri)
+
+
+def test_a_server_killed_in_mid_run_loses_nothing(tmp_path: Path) -> None:
+    spool, warnings = tmp_path / "out", list[str]()
+    model = tmp_path / "temporary.onnx"
+    model.write_bytes(b"weights")
+    with mlflow_server(tmp_path / "server") as running:
+        tracker = open_tracker(spec(running.url), spool_folder=spool, warn=warnings.append)
+        parent = tracker.start_run("search", command="search", config={})
+        first = parent.start_child("trial-000", number=0)
+        first.log_metrics({"score": 0.5})
+        assert tracker.n_spooled == 0
+        running.kill()
+        started = time.monotonic()
+        first.log_artifact(model, "model")
+        first.end()
+        for number in range(1, 30):
+            with parent.start_child(
+                f"trial-{number:03d}", params={"n": number}, number=number
+            ) as c:
+                c.log_metrics({"score": number / 100, "nan": float("nan")})
+                c.log_table([{"layer": "fc1"}], "map")
+        parent.end()
+        elapsed = time.monotonic() - started
+    model.unlink()
+    assert elapsed < 30
+    assert len(warnings) == 1
+    assert SPOOL_NAME in warnings[0]
+
+    lines = [json.loads(line) for line in (spool / SPOOL_NAME).read_text().splitlines()]
+    assert tracker.n_spooled == len(lines) == 3 + 29 * 6
+    assert all(line["error"] for line in lines)
+    assert [(line["run"], line["kind"]) for line in lines[:2]] == [
+        (first.id, "file"),
+        (first.id, "end"),
+    ]
+    assert Path(lines[0]["payload"]["path"]).read_bytes() == b"weights"
+    assert lines[0]["payload"]["folder"] == "model"
+    assert (lines[-1]["run"], lines[-1]["kind"]) == (parent.id, "end")
+    second = [line for line in lines if line["run"] == lines[2]["run"]]
+    assert lines[2]["run"].startswith("local-")
+    assert [line["kind"] for line in second] == ["create", "batch", "batch", "text", "end"]
+    created, params, metrics, table, end = (line["payload"] for line in second)
+    assert created["name"] == "trial-001"
+    assert created["tags"]["mlflow.parentRunId"] == parent.id
+    assert params["params"] == {"n": "1"}
+    assert [fields[:2] for fields in metrics["metrics"]] == [["score", 0.01]]
+    assert metrics["tags"] == {"qdist.skipped.nan": "nan at step 0"}
+    assert table == {"text": "layer\nfc1\n", "name": "map.csv"}
+    assert end["status"] == "FINISHED"
+    mirrored = [
+        line["payload"]["metrics"]
+        for line in lines
+        if line["run"] == parent.id and line["kind"] == "batch"
+    ]
+    assert [fields[0][3] for fields in mirrored] == list(range(1, 30))
+
+
+def test_a_refused_record_is_spooled_and_the_next_one_is_written(
+    server: MlflowServer, tmp_path: Path
+) -> None:
+    warnings: list[str] = []
+    tracker = open_tracker(spec(server.url), spool_folder=tmp_path, warn=warnings.append)
+    with tracker, tracker.start_run("r", command="search", config={}, params={"n": 1}) as run:
+        run.log_params({"n": 2})  # parameters cannot be changed
+        run.log_metrics({"score": 1.0})
+    assert tracker.n_spooled == 1
+    assert len(warnings) == 1
+    assert client_for(server.url).get_run(run.id).data.metrics == {"score": 1.0}
+
+
+DISABLED = """
+import sys
+from pathlib import Path
+from qdist.cli.tracking import TrackingSpec, open_tracker
+folder = Path(sys.argv[1])
+spec = TrackingSpec(uri="", experiment="", artifacts="all", enabled=False, run_name=None)
+with open_tracker(spec, spool_folder=folder / "out") as tracker:
+    with tracker.start_run("r", command="search", config={"a": 1}, params={"b": 2}) as run:
+        with run.start_child("trial-000", number=0) as child:
+            child.log_metrics({"score": float("nan")})
+            child.log_artifact(Path(sys.executable))
+            child.log_table([{"a": 1}], "t")
+    print(tracker.n_spooled, run.url)
+assert "mlflow" not in sys.modules
+"""
+
+
+def test_disabled_tracking_writes_nothing_and_does_not_import_mlflow(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", DISABLED, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "0 tracking is off (tracking.enabled=false)\n"
+    assert list(tmp_path.iterdir()) == []
