@@ -307,7 +307,8 @@ class WorkerPool(Generic[TaskT, ResultT]):
             if left_s <= 0:
                 raise self._not_ready()
             self._advance(left_s)
-        self._events.clear()  # joining is news only for replacements
+        # Joining is news only for replacements; a worker lost on the way is news always.
+        self._events = deque(e for e in self._events if not isinstance(e, WorkerJoined))
         self._alive_at = time.monotonic()
 
     def _not_ready(self) -> ClusterError:
@@ -365,7 +366,7 @@ class WorkerPool(Generic[TaskT, ResultT]):
             where=f"setup of worker {self._name_of(seat)}",
             got=f"{_last_line(error)} on each of {seat.n_failed_starts} starts",
             expected="workers that start",
-            mend="this may be a bug in qdist; run with cluster.n_workers=1 to see more"
+            mend="report this exception with Ray's logs in /tmp/ray/session_latest/logs"
             if raised
             else "give the workers more memory with cluster.memory_bytes_per_worker, use fewer "
             "workers per machine, and see Ray's logs in /tmp/ray/session_latest/logs",
@@ -428,7 +429,7 @@ class WorkerPool(Generic[TaskT, ResultT]):
         done, _ = ray.wait(list(owners), num_returns=1, timeout=wait_s)
         for ref in done:
             seat = owners[ref]
-            if ref is seat.start_ref:
+            if ref == seat.start_ref:
                 self._started(seat)
             else:
                 self._answered(seat, ref)
@@ -513,14 +514,17 @@ class WorkerPool(Generic[TaskT, ResultT]):
     def _blame_head(self, seat: _Seat[TaskT], incident: Incident, reason: str) -> None:
         """Lose the actor over the task that it was running."""
         culprit = self._take(seat, next(iter(seat.jobs))) if seat.jobs else None
+        where = seat.where
+        self._lose(seat, reason)  # reported first: after a `Failed` the caller may stop listening
         if culprit is not None:
-            self._went_wrong(culprit, seat, incident, f"{incident.value} ({reason}): {seat.where}")
-        self._lose(seat, reason)
+            self._went_wrong(culprit, seat, incident, f"{incident.value} ({reason}): {where}")
 
     def _stop_overrunning(self) -> None:
         now = time.monotonic()
         for seat in self._seats:
             if seat.jobs and now - seat.head_since >= self._spec.task_timeout_s:
+                if ray.wait([next(iter(seat.jobs))], timeout=0)[0]:
+                    continue  # it is done; only the driver was away
                 limit = f"longer than {self._spec.task_timeout_s:g} s"
                 self._blame_head(seat, Incident.TASK_TIMED_OUT, limit)
 
@@ -544,7 +548,8 @@ class WorkerPool(Generic[TaskT, ResultT]):
             seat.resting_until = time.monotonic() + decision.quarantine_s
         else:
             job.attempt = decision.attempt
-            job.avoid.add(self._name_of(seat))
+            if seat.ready:
+                job.avoid.add(self._name_of(seat))
         self._todo.appendleft(job)
         self._events.append(Retried(task=job.task, reason=reason, attempt=job.attempt))
 
@@ -571,4 +576,5 @@ def _last_line(error: BaseException, limit: int = 300) -> str:
     """The last line of a message that says something; of a traceback, the exception."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     line = lines[-1] if lines else type(error).__name__
+    line = line.partition(" Some common causes include")[0]  # advice by Ray, the same every time
     return line if len(line) <= limit else f"{line[: limit - 4]} ..."

@@ -248,13 +248,8 @@ class CommandEvaluation:
             return work
 
         def ours(folder: str, names: list[str]) -> set[str]:
-            # The scratch folders may lie inside the user's folder, or right in it.
-            prefix = _PREFIX if Path(folder) == root else None
-            return {
-                name
-                for name in names
-                if Path(folder, name) == root or (prefix and name.startswith(prefix))
-            }
+            # The scratch folders may lie somewhere in the user's folder.
+            return {name for name in names if Path(folder) == root and name.startswith(_PREFIX)}
 
         source = self.folder.expanduser().resolve()
         try:
@@ -428,8 +423,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         pass
     finally:  # also when a second Ctrl-C cuts the wait short
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        if process.poll() != 0:  # it did not finish its work: the group is left to us
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 

@@ -1,7 +1,8 @@
 """The one simplification that measuring, scoring and emitting all start from.
 
 A frozen graph has a stable name for every node, its constants folded, its batch normalizations in
-the weights and an opset of at least 13. Tensor names survive, so statistics fit the quantized graph.
+the weights and an opset of at least 13. Tensor names survive, so statistics fit the quantized
+graph.
 """
 
 from __future__ import annotations

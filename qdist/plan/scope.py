@@ -46,7 +46,7 @@ QUANTIZED = COMPUTE | {
     "Resize",
     "Pad",
 }
-"""Operators that the integer units of chips compute. The others stay float, and the plan says so."""
+"""Operators that integer units compute. The others stay float, and the plan says so."""
 
 
 def left_out(layers: Sequence[Layer], scope: str) -> dict[str, str]:

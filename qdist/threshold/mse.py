@@ -1,13 +1,14 @@
 """The range of least expected squared error (``mse``; Icraft's ``ems``).
 
-The error is a smooth, nearly unimodal function of each bound, so a coarse scan over fractions of the
-maximum and a golden-section refinement around its best find the minimum. The two bounds of an
+The error is a smooth, nearly unimodal function of each bound, so a coarse scan over fractions of
+the maximum and a golden-section refinement around its best find the minimum. The two bounds of an
 asymmetric quantizer take turns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -37,11 +38,15 @@ def mse(density: Density, levels: Levels, *, rounds: int = 3) -> tuple[float, fl
     best_low, best_high = low * together, high * together
     for _ in range(rounds):
         before = (best_low, best_high)
-        best_high = _least(lambda t: expected_mse(density, best_low, t, levels), high)
-        best_low = -_least(lambda t: expected_mse(density, -t, best_high, levels), -low)
+        best_high = _least(partial(expected_mse, density, best_low, levels=levels), high)
+        best_low = -_least(partial(_with_low, density, best_high, levels), -low)
         if np.allclose(before, (best_low, best_high), rtol=1e-3):
             break
     return best_low, best_high
+
+
+def _with_low(density: Density, high: float, levels: Levels, bound: float) -> float:
+    return expected_mse(density, -bound, high, levels)
 
 
 def _least(cost: Callable[[float], float], top: float) -> float:

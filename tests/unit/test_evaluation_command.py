@@ -439,8 +439,39 @@ def test_a_killed_supervisor_leaves_no_command(model: Path, scratch: Path, tmp_p
     assert "getppid" in text
     error = failure(python(text, str(pids)), model, scratch)
     assert (error.code, "supervisor was killed" in error.got) == ("QD702", True)
-    child = int(pids.read_text().split()[0])
-    assert eventually(lambda: not is_alive(child))
+    for pid in pids.read_text().split():
+        assert eventually(lambda pid=int(pid): not is_alive(pid))  # type: ignore[misc]
+
+
+def test_a_supervisor_that_hangs_is_killed(model: Path, scratch: Path, tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    text = HANG.replace("time.sleep(300)\n", f"os.kill(os.getppid(), {signal.SIGSTOP:d})\n")
+    error = failure(python(text + "time.sleep(300)", str(pids), timeout_s=1.0), model, scratch)
+    assert error.code == "QD703"
+    for pid in pids.read_text().split():
+        assert eventually(lambda pid=int(pid): not is_alive(pid))  # type: ignore[misc]
+
+
+def test_a_killed_supervisor_takes_the_command_with_it(
+    model: Path, scratch: Path, tmp_path: Path
+) -> None:
+    # While its parent can do nothing about it.
+    pids = tmp_path / "pids"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(model), str(scratch), HANG, str(pids)],
+        cwd=Path(__file__).parents[2],
+    )
+    assert eventually(pids.exists, 60)
+    child, _ = (int(pid) for pid in pids.read_text().split())
+    group = os.getpgid(child)
+    parent.send_signal(signal.SIGSTOP)
+    os.kill(group, signal.SIGKILL)
+    try:
+        assert eventually(lambda: not is_alive(child))
+    finally:
+        parent.kill()
+        parent.wait()
+        os.killpg(group, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(

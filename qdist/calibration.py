@@ -1,0 +1,269 @@
+"""A whole calibration, in one process: what the Ray actors run is made of the same parts.
+
+``prepare`` turns a model and a data source into a job; ``run_shard`` measures one shard of it and
+commits the result; ``finish`` merges what was committed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from onnx import helper
+
+from qdist.data.checks import InputSpec, check_sample, fixed_batch, stackable
+from qdist.data.manifest import SampleManifest
+from qdist.data.shards import MicroBatch, Shard, cut_shards, micro_batches, stack
+from qdist.data.source import DataSource, Feeds
+from qdist.digest import digest_json
+from qdist.errors import DataError, StoreError
+from qdist.model.freeze import FrozenModel
+from qdist.model.graph import Graph
+from qdist.model.session import Execution, fingerprint
+from qdist.model.taps import TapTable, find_taps, tapped_graph
+from qdist.stats.observer import Observer, ObserverSpec
+from qdist.stats.record import CalibrationRecord, merge_all
+from qdist.store.coverage import cover
+from qdist.store.identity import Identity
+from qdist.store.protocol import CalibrationStore
+from qdist.store.receipt import ShardReceipt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationSettings:
+    """``micro_batch``: samples per run of the model, at most. ``shard_samples``: samples per shard
+    (a shard is whole micro-batches). ``taps``: ``all`` or ``compute``. ``on_nan``: ``error`` or
+    ``report``."""
+
+    micro_batch: int = 4
+    shard_samples: int = 16
+    taps: str = "all"
+    on_nan: str = "error"
+
+    def __post_init__(self) -> None:
+        if self.micro_batch < 1 or self.shard_samples < 1:
+            raise ValueError("micro_batch and shard_samples must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationJob:
+    """Everything that is fixed before the first sample runs.
+
+    ``grid``: all micro-batches, in order. ``n_per_shard``: micro-batches per shard.
+    """
+
+    identity: Identity
+    taps: TapTable
+    observer: ObserverSpec
+    inputs: tuple[InputSpec, ...]
+    manifest: SampleManifest
+    grid: tuple[MicroBatch, ...]
+    n_per_shard: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Merged:
+    """A finished calibration: the record, and how many shards it was merged from."""
+
+    record: CalibrationRecord
+    n_shards: int
+    notes: tuple[str, ...]
+
+
+def input_specs(graph: Graph) -> tuple[InputSpec, ...]:
+    """The model's inputs as the data checks want them."""
+    specs = []
+    for name in graph.input_names:
+        found = graph.type_of(name)
+        element = found.element if found is not None else 1
+        dtype = np.dtype(helper.tensor_dtype_to_np_dtype(element)).name
+        shape = found.shape if found is not None and found.shape is not None else ()
+        specs.append(InputSpec(name=name, dtype=dtype, shape=shape))
+    return tuple(specs)
+
+
+def load_batch(batch: MicroBatch, source: DataSource, inputs: tuple[InputSpec, ...]) -> Feeds:
+    """The model's feeds for one micro-batch, checked. Raises `DataError` QD303 to QD307."""
+    samples = batch.load(source)
+    for key, feeds in zip(batch.keys, samples, strict=True):
+        check_sample(key, feeds, inputs)
+    if stackable(samples[0], inputs):
+        return stack(samples)
+    return samples[0]
+
+
+def first_feeds(source: DataSource, inputs: tuple[InputSpec, ...], n: int = 1) -> Feeds:
+    """Feeds of the first ``n`` samples, checked, without a manifest."""
+    keys = source.keys()[:n]
+    samples = [source.load(key) for key in keys]
+    for key, feeds in zip(keys, samples, strict=True):
+        check_sample(key, feeds, inputs)
+    return stack(samples) if stackable(samples[0], inputs) else samples[0]
+
+
+def batch_size_for(source: DataSource, inputs: tuple[InputSpec, ...], wanted: int) -> int:
+    """Samples per run: ``wanted``, unless the model fixes its batch or samples carry their own."""
+    key = source.keys()[0]
+    feeds = source.load(key)
+    check_sample(key, feeds, inputs)
+    if not stackable(feeds, inputs):
+        return 1
+    return fixed_batch(inputs) or wanted
+
+
+def prepare(
+    frozen: FrozenModel,
+    source: DataSource,
+    settings: CalibrationSettings,
+    execution: Execution,
+    *,
+    graph: Graph | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> CalibrationJob:
+    """Fix the taps, the manifest and the grid. ``on_progress(done, total)`` counts samples named.
+
+    Raises `DataError` and `ModelError`.
+    """
+    graph = graph or Graph(frozen, execution)
+    inputs = input_specs(graph)
+    taps = find_taps(graph, settings.taps)
+    size = batch_size_for(source, inputs, settings.micro_batch)
+    manifest = SampleManifest.first(source, on_progress=on_progress)
+    grid = micro_batches(manifest, size)
+    fixed = fixed_batch(inputs)
+    if fixed is not None and fixed > 1 and len(grid[-1]) != fixed:
+        raise DataError(
+            "QD303",
+            where="the last micro-batch",
+            got=f"{len(grid[-1])} samples of {len(manifest)}",
+            expected=f"a multiple of {fixed}, the model's fixed batch",
+            mend=f"use a number of samples that {fixed} divides, or export a dynamic batch axis",
+        )
+    notes = list(frozen.notes)
+    if size != settings.micro_batch:
+        notes.append(f"micro-batches of {size}: the model or its samples fix the batch")
+    notes.extend(f"sample {key} repeats another and counts once" for key in manifest.duplicates)
+    return CalibrationJob(
+        identity=Identity(
+            model_digest=frozen.digest,
+            preprocessing=source.preprocessing(),
+            fingerprint=fingerprint(execution),
+            micro_batch=size,
+            taps=digest_json([list(taps.tensors), settings.on_nan]),
+        ),
+        taps=taps,
+        observer=ObserverSpec(
+            tapped_bytes=tapped_graph(graph, taps),
+            data_folder=frozen.data_folder,
+            taps=taps,
+            execution=execution,
+            on_nan=settings.on_nan,
+        ),
+        inputs=inputs,
+        manifest=manifest,
+        grid=grid,
+        n_per_shard=max(1, settings.shard_samples // size),
+        notes=tuple(notes),
+    )
+
+
+def open_shards(job: CalibrationJob, store: CalibrationStore) -> tuple[Shard, ...]:
+    """The shards still to be measured. Records already there are read, and damaged ones dropped."""
+    receipts = []
+    for receipt in store.receipts():
+        try:
+            store.read(receipt)
+        except StoreError as error:
+            if error.code != "QD403":
+                raise
+            store.discard(receipt.shard_id)
+        else:
+            receipts.append(receipt)
+    missing = set(cover([batch.ids for batch in job.grid], receipts).missing)
+    return cut_shards([batch for batch in job.grid if batch.ids in missing], job.n_per_shard)
+
+
+def run_shard(
+    shard: Shard,
+    observer: Observer,
+    source: DataSource,
+    inputs: tuple[InputSpec, ...],
+    store: CalibrationStore,
+) -> ShardReceipt:
+    """Measure one shard and commit its record; the receipt says what was measured.
+
+    Raises `DataError`, `ModelError` and `StoreError`.
+    """
+    begin = time.perf_counter()
+    record = observer.observe(
+        [(batch.keys, partial(load_batch, batch, source, inputs)) for batch in shard.batches]
+    )
+    receipt = ShardReceipt(
+        shard_id=shard.id,
+        batches=tuple(batch.ids for batch in shard.batches),
+        record_digest=record.digest,
+        made_by={
+            "node": platform.node(),
+            "pid": os.getpid(),
+            "seconds": round(time.perf_counter() - begin, 4),
+        },
+    )
+    store.commit(receipt, record)
+    return receipt
+
+
+def finish(
+    job: CalibrationJob, store: CalibrationStore, about: dict[str, Any] | None = None
+) -> Merged:
+    """Merge everything that covers the job's manifest and make it the store's latest.
+
+    Raises QD402 when micro-batches are missing, QD403 when a record is damaged.
+    """
+    covered = cover([batch.ids for batch in job.grid], store.receipts())
+    if covered.missing:
+        raise StoreError(
+            "QD402",
+            where="the calibration store",
+            got=f"{len(covered.missing)} of {len(job.grid)} micro-batches missing",
+            expected="all of them",
+            mend="run qdist calibrate again; it goes on where it stopped",
+        )
+    record = merge_all((store.read(receipt) for receipt in covered.receipts), job.taps.tensors)
+    notes = [*job.notes, *_nan_notes(record)]
+    details = {
+        "manifest": job.manifest.to_json(),
+        "n_shards": len(covered.receipts),
+        "notes": notes,
+        **(about or {}),
+    }
+    name = digest_json([list(batch.ids) for batch in job.grid])
+    store.finish(name, record, details)
+    return Merged(record=record, n_shards=len(covered.receipts), notes=tuple(notes))
+
+
+def calibrate_here(job: CalibrationJob, source: DataSource, store: CalibrationStore) -> Merged:
+    """The whole calibration in this process, without Ray."""
+    shards = open_shards(job, store)
+    if shards:
+        observer = Observer(job.observer)
+        for shard in shards:
+            run_shard(shard, observer, source, job.inputs, store)
+    return finish(job, store)
+
+
+def _nan_notes(record: CalibrationRecord) -> list[str]:
+    notes = []
+    for tensor in record.tensors:
+        histogram = record.histogram(tensor)
+        if histogram.n_nan:
+            notes.append(f"tensor {tensor} held {histogram.n_nan} NaN, which count for nothing")
+        if histogram.n_infinite:
+            notes.append(f"tensor {tensor} held {histogram.n_infinite} infinities")
+    return notes

@@ -1,0 +1,11 @@
+"""Scores of a model, and its layers beside those of the float model.
+
+``report``    what an evaluation found.
+``metrics``   named metrics, with and without labels.
+``builtin``   runs a model over a data set and measures metrics.
+``command``   the user's own script, in a process group of its own.
+``function``  the user's own Python function.
+``scorer``    any of the three, behind one function.
+``compare``   layer by layer, fed by float inputs and by the quantized model's own.
+``dump``      outputs as text files, for tools that read them.
+"""

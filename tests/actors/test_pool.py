@@ -1,0 +1,394 @@
+"""The pool against a real Ray, and the retry policy without one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from actors.pool import Completed, Event, Failed, Retried, WorkerJoined, WorkerLost, WorkerPool
+from actors.retry import GiveUp, Incident, Requeue, RetryElsewhere, RetryPolicy
+from actors.session import ClusterSpec, RaySession
+from qdist.errors import DataError, ModelError, QdistError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What a `Probe` is to do with ``number``; ``marker`` is where it leaves traces."""
+
+    number: int
+    action: str = "square"
+    marker: str = ""
+
+
+class Probe:
+    """A worker that squares numbers and misbehaves on request."""
+
+    def __init__(self, folder: str, ballast: bytes = b"") -> None:
+        self.folder = Path(folder)
+        self.n_ballast_bytes = len(ballast)
+
+    def setup(self) -> dict[str, Any]:
+        with open(self.folder / "setups", "a", encoding="utf-8") as file:
+            file.write(f"{os.getpid()}\n")
+        return {"fingerprint": "probe", "n_ballast_bytes": self.n_ballast_bytes}
+
+    def run(self, task: Task) -> int:
+        if task.action == "bad input":
+            raise DataError(
+                "QD303", where=f"sample {task.number}", got="(1,)", expected="(2,)", mend="resize"
+            )
+        if task.action == "raise":
+            raise KeyError(f"no {task.number}")
+        if task.action == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if task.action == "die once" and self._is_first(task):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if task.action == "hang once" and self._is_first(task):
+            time.sleep(600)
+        if task.action == "nap":
+            time.sleep(0.2)
+        if task.action == "environment":
+            return sum(int(os.environ[f"{kind}_NUM_THREADS"]) for kind in ("OMP", "OPENBLAS"))
+        return task.number**2
+
+    @staticmethod
+    def _is_first(task: Task) -> bool:
+        try:
+            Path(task.marker).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+
+class BrokenProbe(Probe):
+    """A worker whose setup fails in the way that it is told."""
+
+    def setup(self) -> dict[str, Any]:
+        if self.folder.name == "bad input":
+            raise ModelError("QD201", where="model.onnx", got="nothing", expected="x", mend="y")
+        if self.folder.name == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ZeroDivisionError("in setup")
+
+
+class DiesAfterTheFirst(Probe):
+    """A worker of which no replacement starts."""
+
+    def setup(self) -> dict[str, Any]:
+        facts = super().setup()
+        if len((self.folder / "setups").read_text().split()) > 1:
+            raise OSError("no second worker")
+        return facts
+
+
+Events = list[Event[Task, int]]
+MakePool = Callable[..., WorkerPool[Task, int]]
+
+
+@pytest.fixture
+def make_pool(cluster: RaySession, tmp_path: Path) -> MakePool:
+    def make(
+        kind: type[Probe] = Probe, *, n_workers: int = 2, prefetch: int = 1, **spec: Any
+    ) -> WorkerPool[Task, int]:
+        values: dict[str, Any] = {"cpus_per_worker": 1, "ready_timeout_s": 30} | spec
+        return WorkerPool(
+            ClusterSpec(address=None, n_workers=n_workers, **values),
+            partial(kind, str(tmp_path), b"x" * 1000),
+            name="probe",
+            prefetch=prefetch,
+        )
+
+    return make
+
+
+def drain(pool: WorkerPool[Task, int], limit_s: float = 40) -> Events:
+    """Every event until nothing is pending; fails rather than hangs."""
+    events: Events = []
+    deadline = time.monotonic() + limit_s
+    while pool.n_pending:
+        if time.monotonic() > deadline:
+            pytest.fail(f"{pool.n_pending} tasks still pending after {limit_s} s: {events}")
+        if (event := pool.next_event(0.5)) is not None:
+            events.append(event)
+    return events
+
+
+def results(events: Events) -> dict[int, int]:
+    completed = [event for event in events if isinstance(event, Completed)]
+    assert len({event.task for event in completed}) == len(completed), "a result came twice"
+    return {event.task.number: event.result for event in completed}
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def wait_until_gone(pids: list[int], limit_s: float = 10) -> list[int]:
+    deadline = time.monotonic() + limit_s
+    while (left := [pid for pid in pids if is_running(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
+def test_static_list_comes_back_once_from_workers_set_up_once(
+    make_pool: MakePool, tmp_path: Path
+) -> None:
+    with make_pool() as pool:
+        assert (pool.n_workers_alive, pool.n_idle, pool.n_pending) == (2, 2, 0)
+        assert pool.next_event(5.0) is None
+        for number in range(20):
+            pool.submit(Task(number=number))
+        events = drain(pool)
+        pool.submit(Task(number=3, action="environment"))
+        (threads,) = drain(pool)
+        assert pool.n_idle == 2
+        facts = pool.facts
+    assert results(events) == {number: number**2 for number in range(20)}
+    assert len(events) == 20
+    assert isinstance(threads, Completed)
+    assert threads.result == 2, "numerical libraries of a worker run one thread each"
+    setups = [int(line) for line in (tmp_path / "setups").read_text().split()]
+    assert sorted(setups) == sorted(fact["pid"] for fact in facts)
+    assert len(set(setups)) == 2
+    assert {fact["worker"] for fact in facts} == {"probe-0", "probe-1"}
+    assert all(fact["n_ballast_bytes"] == 1000 for fact in facts)
+    assert all(fact["node_id"] and fact["fingerprint"] == "probe" for fact in facts)
+    assert wait_until_gone(setups) == []
+
+
+def test_every_worker_works_and_a_short_queue_is_not_prefetched(make_pool: MakePool) -> None:
+    with make_pool() as pool:
+        for number in range(4):
+            pool.submit(Task(number=number, action="nap"))
+        events = [event for event in drain(pool) if isinstance(event, Completed)]
+    assert {event.worker for event in events} == {"probe-0", "probe-1"}
+    assert all(event.seconds >= 0.2 for event in events)
+    assert sum(event.worker == "probe-0" for event in events) == 2
+
+
+def test_dynamic_submission(make_pool: MakePool) -> None:
+    seen: list[int] = []
+    with make_pool(prefetch=0) as pool:
+        next_number = 0
+        while pool.n_idle:
+            pool.submit(Task(number=next_number, action="nap"))
+            next_number += 1
+        assert next_number == 2
+        while pool.n_pending:
+            event = pool.next_event(5.0)
+            assert isinstance(event, Completed)
+            seen.append(event.task.number)
+            assert pool.n_idle == (1 if next_number < 7 else 2 - pool.n_pending)
+            if next_number < 7:
+                pool.submit(Task(number=next_number, action="nap"))
+                next_number += 1
+    assert sorted(seen) == list(range(7))
+
+
+def test_bad_input_crosses_whole_and_is_not_retried(make_pool: MakePool) -> None:
+    with make_pool() as pool:
+        pool.submit(Task(number=7, action="bad input"))
+        pool.submit(Task(number=2))
+        events = drain(pool)
+    (failed,) = [event for event in events if not isinstance(event, Completed)]
+    assert isinstance(failed, Failed)
+    assert type(failed.error) is DataError
+    error = failed.error
+    assert (error.code, error.where, error.got, error.expected, error.mend) == (
+        "QD303",
+        "sample 7",
+        "(1,)",
+        "(2,)",
+        "resize",
+    )
+    assert results(events) == {2: 4}
+
+
+def test_unexpected_exception_is_retried_elsewhere_and_then_given_up(
+    make_pool: MakePool,
+) -> None:
+    with make_pool(max_attempts=2) as pool:
+        pool.submit(Task(number=1, action="raise"))
+        events = drain(pool)
+        assert pool.n_workers_alive == 2
+    retried, failed = events
+    assert isinstance(retried, Retried)
+    assert isinstance(failed, Failed)
+    assert retried.attempt == 2
+    assert failed.error.code == "QD803"
+    assert "KeyError: 'no 1'" in failed.error.got
+    assert "2 failed attempts" in failed.error.got
+    assert "Task(number=1" in failed.error.where
+    workers = {name for name in ("probe-0", "probe-1") if name in retried.reason}
+    assert len(workers) == 1
+    assert not any(name in failed.error.got for name in workers), "it ran twice on one worker"
+
+
+def test_killed_worker_is_replaced_and_its_task_completes(
+    make_pool: MakePool, tmp_path: Path
+) -> None:
+    with make_pool() as pool:
+        pool.submit(Task(number=100, action="die once", marker=str(tmp_path / "died")))
+        for number in range(12):
+            pool.submit(Task(number=number, action="nap"))
+        events = drain(pool)
+        assert pool.n_pending == 0
+    assert results(events) == {n: n**2 for n in [*range(12), 100]}
+    (lost,) = [event for event in events if isinstance(event, WorkerLost)]
+    (retried,) = [event for event in events if isinstance(event, Retried)]
+    assert (retried.task.number, retried.attempt) == (100, 2), "only the culprit lost an attempt"
+    assert lost.worker in retried.reason
+    (joined,) = [event for event in events if isinstance(event, WorkerJoined)]
+    assert joined.worker == f"{lost.worker}.1"
+    assert len((tmp_path / "setups").read_text().split()) == 3
+
+
+def test_task_that_kills_every_worker_is_given_up(make_pool: MakePool) -> None:
+    with make_pool(max_attempts=2) as pool:
+        pool.submit(Task(number=1, action="die"))
+        pool.submit(Task(number=2))
+        events = drain(pool)
+    assert results(events) == {2: 4}
+    (failed,) = [event for event in events if isinstance(event, Failed)]
+    assert failed.error.code == "QD803"
+    assert "the worker died" in failed.error.got
+    assert sum(isinstance(event, WorkerLost) for event in events) == 2
+
+
+def test_task_out_of_time_costs_its_worker_and_an_attempt(
+    make_pool: MakePool, tmp_path: Path
+) -> None:
+    with make_pool(task_timeout_s=1.0) as pool:
+        pool.submit(Task(number=9, action="hang once", marker=str(tmp_path / "hung")))
+        events = drain(pool)
+        hung = [fact["pid"] for fact in pool.facts]
+        lost = next(event for event in events if isinstance(event, WorkerLost))
+        assert wait_until_gone([f["pid"] for f in pool.facts if f["worker"] == lost.worker]) == []
+    assert results(events) == {9: 81}
+    (retried,) = [event for event in events if isinstance(event, Retried)]
+    assert retried.attempt == 2
+    assert "longer than 1 s" in retried.reason
+    assert wait_until_gone(hung) == []
+
+
+def test_no_worker_left_raises_qd804(make_pool: MakePool) -> None:
+    with make_pool(DiesAfterTheFirst, n_workers=1, max_attempts=2) as pool:
+        pool.submit(Task(number=1, action="die"))
+        with pytest.raises(QdistError) as caught:
+            drain(pool)
+    assert caught.value.code == "QD804"
+    assert "no second worker" in caught.value.got
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "text"),
+    [
+        ("bad input", "QD201", "model.onnx"),
+        ("raises", "QD803", "ZeroDivisionError: in setup"),
+        ("dies", "QD804", "each of 2 starts"),
+    ],
+)
+def test_workers_that_cannot_start(
+    cluster: RaySession, tmp_path: Path, how: str, code: str, text: str
+) -> None:
+    spec = ClusterSpec(
+        address=None, n_workers=1, cpus_per_worker=1, max_attempts=2, ready_timeout_s=30
+    )
+    pool: WorkerPool[Task, int] = WorkerPool(
+        spec, partial(BrokenProbe, str(tmp_path / how)), name="broken"
+    )
+    with pytest.raises(QdistError) as caught, pool:
+        pytest.fail("the pool opened")
+    assert caught.value.code == code
+    assert text in str(caught.value)
+
+
+def test_infeasible_workers_are_refused_at_once(make_pool: MakePool) -> None:
+    begin = time.monotonic()
+    with pytest.raises(QdistError) as caught, make_pool(n_workers=1, cpus_per_worker=64):
+        pytest.fail("the pool opened")
+    assert caught.value.code == "QD802"
+    assert "2 CPU" in caught.value.got
+    assert "64 CPU" in caught.value.expected
+    assert time.monotonic() - begin < 5
+
+
+def test_workers_without_room_are_refused_in_time(make_pool: MakePool) -> None:
+    with make_pool() as first:
+        begin = time.monotonic()
+        with pytest.raises(QdistError) as caught, make_pool(ready_timeout_s=1.5):
+            pytest.fail("the pool opened")
+        assert time.monotonic() - begin < 6
+        first.submit(Task(number=5))
+        assert results(drain(first)) == {5: 25}
+    assert caught.value.code == "QD802"
+    assert "0 of 2 workers ready after 1.5 s" in caught.value.got
+
+
+def test_no_actor_outlives_an_interrupt(make_pool: MakePool, tmp_path: Path) -> None:
+    pool = make_pool()
+
+    def interrupted() -> None:
+        with pool:
+            pool.submit(Task(number=1, action="hang once", marker=str(tmp_path / "hung")))
+            assert pool.next_event(0.3) is None
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    pids = [fact["pid"] for fact in pool.facts]
+    assert len(pids) == 2
+    assert wait_until_gone(pids) == []
+    assert ray.is_initialized()
+    with pytest.raises(RuntimeError, match="outside"):
+        pool.submit(Task(number=1))
+
+
+def test_policy_counts_deaths_exceptions_and_timeouts() -> None:
+    policy = RetryPolicy(max_attempts=3)
+    for incident in (Incident.WORKER_DIED, Incident.TASK_RAISED, Incident.TASK_TIMED_OUT):
+        decisions = [policy.decide(incident, attempt=attempt) for attempt in (1, 2, 3)]
+        assert decisions == [
+            RetryElsewhere(attempt=2),
+            RetryElsewhere(attempt=3),
+            GiveUp(n_attempts=3),
+        ]
+
+
+def test_policy_does_not_count_an_unreachable_worker_but_rests_it() -> None:
+    policy = RetryPolicy(max_attempts=1, max_requeues=4, backoff_s=2, max_backoff_s=10)
+    rests = [
+        policy.decide(Incident.WORKER_UNAVAILABLE, attempt=1, n_requeues=n, n_unavailable=n + 1)
+        for n in range(4)
+    ]
+    assert rests == [Requeue(quarantine_s=s) for s in (2.0, 4.0, 8.0, 10.0)]
+    last = policy.decide(Incident.WORKER_UNAVAILABLE, attempt=1, n_requeues=4, n_unavailable=5)
+    assert last == GiveUp(n_attempts=1), "a task that takes down every node ends as well"
+    assert policy.rest_s(10_000) == 10.0
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{"max_attempts": 0}, {"max_requeues": -1}, {"backoff_s": 0.0}, {"backoff_s": 60.0}],
+)
+def test_policy_refuses_limits_out_of_range(limits: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(limits))):
+        RetryPolicy(**limits)
+
+
+def test_policy_refuses_attempt_zero() -> None:
+    with pytest.raises(ValueError, match="attempt"):
+        RetryPolicy().decide(Incident.WORKER_DIED, attempt=0)

@@ -1,0 +1,187 @@
+"""Sessions: what is refused, how fast, and what a worker sees."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+import qdist
+from actors.session import (
+    ClusterSpec,
+    RaySession,
+    count_places,
+    ray_session,
+    worker_runtime_env,
+)
+from qdist.errors import ClusterError
+
+ROOT = Path(qdist.__file__).resolve().parents[1]
+
+
+def run_elsewhere(code: str, cwd: Path, *arguments: str, root: Path = ROOT, **env: str) -> str:
+    """Standard output of ``code`` in a fresh process in ``cwd``, with our packages in ``root``."""
+    script = cwd / "driver.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(root)!r})\n" + textwrap.dedent(code))
+    hidden = ("RAY_", "PYTHONPATH")
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments],
+        cwd=cwd,
+        env=inherited | env,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_initialised_ray_is_reused_and_stays_up(cluster: RaySession) -> None:
+    spec = ClusterSpec(address="127.0.0.1:1", n_workers=1, cpus_per_worker=0.5)
+    with ray_session(spec) as session:
+        assert not session.owned
+        assert session.resources["CPU"] == 2
+        assert session.n_nodes == 1
+    assert cluster.owned
+    assert ray.is_initialized()
+
+
+def test_infeasible_resources_are_refused(cluster: RaySession) -> None:
+    spec = ClusterSpec(address=None, n_workers=3, cpus_per_worker=1)
+    with pytest.raises(ClusterError) as caught, ray_session(spec):
+        pytest.fail("the session opened")
+    assert caught.value.code == "QD802"
+    assert "room for 2 such workers on 1 node(s) with 2 CPU" in caught.value.got
+    assert "3 workers with 1 CPU" in caught.value.expected
+
+
+@pytest.mark.parametrize(
+    ("address", "text"),
+    [
+        ("127.0.0.1:1", "does not answer"),
+        ("ray://127.0.0.1:1", "does not answer"),
+        ("no-port", "no-port"),
+    ],
+)
+def test_wrong_address_is_refused_quickly(tmp_path: Path, address: str, text: str) -> None:
+    code = """
+        from actors.session import ClusterSpec, ray_session
+        from qdist.errors import ClusterError
+        try:
+            with ray_session(ClusterSpec(address=sys.argv[1], n_workers=1, cpus_per_worker=1)):
+                pass
+        except ClusterError as error:
+            print(error.code, error.where, error.got)
+    """
+    begin = time.monotonic()
+    printed = run_elsewhere(code, tmp_path, address)
+    assert time.monotonic() - begin < 15
+    assert printed.startswith(f"QD801 cluster.address={address} ")
+    assert text in printed
+
+
+OWN_CLUSTER = """
+    import json, os, subprocess
+    from functools import partial
+    from pathlib import Path
+    from actors.pool import WorkerPool
+    from actors.session import ClusterSpec, ray_session
+    import ray
+
+    class Where:
+        def setup(self):
+            import actors, qdist
+            return {"qdist": qdist.__file__, "threads": os.environ["NUMBA_NUM_THREADS"],
+                    "extra": os.environ["EXTRA"]}
+        def run(self, task):
+            return task + 1
+
+    spec = ClusterSpec(address=None, n_workers=1, cpus_per_worker=0.5,
+                       worker_env={"EXTRA": "yes"})
+    with ray_session(spec) as session:
+        assert session.owned
+        with WorkerPool(spec, Where, name="where") as pool:
+            pool.submit(1)
+            event = pool.next_event(30)
+            facts = dict(pool.facts[0])
+    home = [str(p) for p in Path.home().rglob("*")]
+    print(json.dumps([facts, event.result, ray.is_initialized(), home]))
+"""
+
+
+def test_own_cluster_from_another_folder_leaves_nothing_behind(tmp_path: Path) -> None:
+    home, checkout, cwd = tmp_path / "home", tmp_path / "checkout", tmp_path / "cwd"
+    home.mkdir()
+    cwd.mkdir()
+    # A copy, since the code under test may be installed where every worker finds it anyway.
+    for package in ("actors", "qdist"):
+        shutil.copytree(
+            ROOT / package, checkout / package, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    facts, result, is_up, in_home = json.loads(
+        run_elsewhere(OWN_CLUSTER, cwd, root=checkout, HOME=str(home))
+    )
+    assert Path(facts["qdist"]) == (checkout / "qdist" / "__init__.py").resolve()
+    assert (facts["threads"], facts["extra"], result) == ("1", "yes", 2)
+    assert not is_up
+    assert in_home == [], "Ray wrote to the user's home"
+
+
+@pytest.mark.parametrize(
+    ("needs", "nodes", "n_places"),
+    [
+        ({"CPU": 1.0}, [{"CPU": 4.0}], 4),
+        ({"CPU": 0.1}, [{"CPU": 0.3}], 3),
+        ({"CPU": 8.0}, [{"CPU": 4.0}, {"CPU": 4.0}], 0),
+        ({"CPU": 1.0, "GPU": 1.0}, [{"CPU": 4.0}, {"CPU": 4.0, "GPU": 2.0}], 2),
+        ({"CPU": 1.0, "memory": 3e9}, [{"CPU": 4.0, "memory": 7e9}], 2),
+        ({"CPU": 1.0}, [], 0),
+    ],
+)
+def test_places_on_nodes(
+    needs: dict[str, float], nodes: list[dict[str, float]], n_places: int
+) -> None:
+    assert count_places(needs, nodes) == n_places
+
+
+def test_worker_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    local = ClusterSpec(
+        address=None, n_workers=1, cpus_per_worker=1, worker_env={"OMP_NUM_THREADS": "4"}
+    )
+    env = worker_runtime_env(local)["env_vars"]
+    assert env["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
+    assert env["PYTHONPATH"].split(os.pathsep)[-1] == "/elsewhere"
+    assert (env["OMP_NUM_THREADS"], env["MKL_NUM_THREADS"]) == ("4", "1")
+    remote = ClusterSpec(address="head:6379", n_workers=1, cpus_per_worker=1)
+    assert "PYTHONPATH" not in worker_runtime_env(remote)["env_vars"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n_workers", 0),
+        ("max_attempts", 0),
+        ("cpus_per_worker", 0),
+        ("cpus_per_worker", float("nan")),
+        ("gpus_per_worker", -1),
+        ("memory_bytes_per_worker", 0),
+        ("ready_timeout_s", 0),
+        ("task_timeout_s", -1),
+    ],
+)
+def test_spec_refuses_numbers_out_of_range(name: str, value: float) -> None:
+    values: dict[str, Any] = {"address": None, "n_workers": 1, "cpus_per_worker": 1}
+    with pytest.raises(ValueError, match=name):
+        ClusterSpec(**(values | {name: value}))
