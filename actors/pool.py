@@ -340,7 +340,6 @@ class WorkerPool(Generic[TaskT, ResultT]):
         seat.ready = True
         seat.where = f"{name} (node {facts['node_ip']}, pid {facts['pid']})"
         seat.n_failed_starts = 0
-        seat.n_unavailable = 0
         self._facts.append(facts)
         self._events.append(WorkerJoined(worker=name, facts=facts))
 
@@ -379,6 +378,7 @@ class WorkerPool(Generic[TaskT, ResultT]):
         _kill(seat.actor)
         seat.actor, seat.start_ref, seat.ready = None, None, False
         seat.generation += 1
+        seat.n_unavailable = 0
         seat.resting_until = 0.0
         # What was waiting behind the culprit never began: first in the queue, nothing counted.
         self._todo.extendleft(reversed(seat.jobs.values()))
@@ -509,7 +509,11 @@ class WorkerPool(Generic[TaskT, ResultT]):
             except (RayError, GetTimeoutError):
                 continue
             self._finished(self._take(seat, ref), seat, answer)
-        self._blame_head(seat, Incident.WORKER_DIED, reason)
+        # After a time out of reach it was most likely dead before it got the task.
+        was_away = seat.n_unavailable > 0
+        self._blame_head(
+            seat, Incident.WORKER_UNAVAILABLE if was_away else Incident.WORKER_DIED, reason
+        )
 
     def _blame_head(self, seat: _Seat[TaskT], incident: Incident, reason: str) -> None:
         """Lose the actor over the task that it was running."""
@@ -532,8 +536,9 @@ class WorkerPool(Generic[TaskT, ResultT]):
         self, job: _Job[TaskT], seat: _Seat[TaskT], incident: Incident, reason: str
     ) -> None:
         """Ask the policy about ``job`` and do what it says."""
-        if incident is Incident.WORKER_UNAVAILABLE:
-            seat.n_unavailable += 1
+        is_resting = seat.resting_until > time.monotonic()
+        if incident is Incident.WORKER_UNAVAILABLE and not is_resting:
+            seat.n_unavailable += 1  # once, however many tasks were at the worker
         decision = self._policy.decide(
             incident,
             attempt=job.attempt,
@@ -545,7 +550,8 @@ class WorkerPool(Generic[TaskT, ResultT]):
             return
         if isinstance(decision, Requeue):
             job.n_requeues += 1
-            seat.resting_until = time.monotonic() + decision.quarantine_s
+            if seat.ready and not is_resting:
+                seat.resting_until = time.monotonic() + decision.quarantine_s
         else:
             job.attempt = decision.attempt
             if seat.ready:

@@ -196,7 +196,8 @@ def _iterable(target: str, given: Any) -> Iterable[Any]:
 
 def _as_array(value: Any, where: str) -> NDArray[Any]:
     try:
-        array = np.asarray(value)
+        # A copy: the user's own array may be handed out again.
+        array = np.array(value)
     except (TypeError, ValueError) as error:
         raise _bad_sample(where, _last_line(error), "an array of numbers") from error
     if array.dtype.kind in "OUSMm":

@@ -150,7 +150,7 @@ class ImageSource:
                     # Pillow would clip these to 255 without a word.
                     raise ValueError(f"mode {stored.mode}, more than 8 bits per channel")
                 image = self._geometry(stored.convert("L" if self.color == "GRAY" else "RGB"), key)
-                pixels = np.asarray(image)
+                pixels = np.array(image)
         except _DECODE_ERRORS as error:
             if isinstance(error, DataError):
                 raise

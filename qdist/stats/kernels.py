@@ -47,8 +47,8 @@ def count_bits(
 
 @numba.njit(cache=True, nogil=True)
 def _count_large(
-    bits: NDArray[np.uint32], counts: NDArray[np.uint64], low_key: int, high_key: int
-) -> tuple[int, int]:
+    bits: NDArray[np.uint32], counts: NDArray[np.uint64], low_key: Any, high_key: Any
+) -> tuple[Any, Any]:
     n = bits.size
     first = np.zeros(1 << 16, np.uint32)
     second = np.zeros(1 << 16, np.uint32)
@@ -96,7 +96,7 @@ def _count_large(
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def _order(bits: int) -> int:
+def _order(bits: Any) -> Any:
     """An integer that orders floats as their values do; -0 lies just below +0."""
     magnitude = np.int64(bits & np.uint32(0x7FFFFFFF))
     if bits >> np.uint32(31):
@@ -105,7 +105,7 @@ def _order(bits: int) -> int:
 
 
 @numba.njit(cache=True, nogil=True)
-def _value(key: int) -> Any:
+def _value(key: Any) -> Any:
     """The float32 of an `_order` key, with -0 as 0."""
     one = np.empty(1, np.uint32)
     if key < 0:
@@ -117,7 +117,7 @@ def _value(key: int) -> Any:
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def _special(bits: int, magnitude: int) -> int:
+def _special(bits: Any, magnitude: Any) -> Any:
     if magnitude == np.uint32(0x7F800000):
         return np.int64(bits >> np.uint32(16))
     return np.int64(((bits >> np.uint32(31)) << np.uint32(15)) | np.uint32(_QUIET))

@@ -22,6 +22,7 @@ from typing import Any, cast
 
 import numpy as np
 import zarr
+from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
@@ -185,7 +186,11 @@ class ZarrStore:
 
     def _write_record(self, folder: str, record: CalibrationRecord) -> None:
         group = zarr.create_group(self._store, path=folder, overwrite=True)
-        arrays = {"key": record.keys, "count": record.counts, "extrema": record.extrema}
+        arrays: dict[str, NDArray[Any]] = {
+            "key": record.keys,
+            "count": record.counts,
+            "extrema": record.extrema,
+        }
         for name, values in arrays.items():
             array = group.create_array(
                 name,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -143,40 +143,95 @@ def wait_until_gone(pids: list[int], limit_s: float = 10) -> list[int]:
     return left
 
 
-def test_static_list_comes_back_once_from_workers_set_up_once(
-    make_pool: MakePool, tmp_path: Path
-) -> None:
-    with make_pool() as pool:
+class TestWorkersThatLive:
+    """One pool for the tests in which no worker dies."""
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return tmp_path_factory.mktemp("alive")
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def pool(cluster: RaySession, folder: Path) -> Iterator[WorkerPool[Task, int]]:
+        spec = ClusterSpec(address=None, n_workers=2, cpus_per_worker=1, max_attempts=2)
+        with WorkerPool(spec, partial(Probe, str(folder), b"x" * 1000), name="probe") as pool:
+            yield pool
+
+    def test_idle(self, pool: WorkerPool[Task, int]) -> None:
         assert (pool.n_workers_alive, pool.n_idle, pool.n_pending) == (2, 2, 0)
         assert pool.next_event(5.0) is None
+
+    def test_results_come_back_once(self, pool: WorkerPool[Task, int]) -> None:
         for number in range(20):
             pool.submit(Task(number=number))
+        assert pool.n_pending == 20
+        assert pool.n_idle == 0
         events = drain(pool)
-        pool.submit(Task(number=3, action="environment"))
-        (threads,) = drain(pool)
+        assert results(events) == {number: number**2 for number in range(20)}
+        assert len(events) == 20
         assert pool.n_idle == 2
-        facts = pool.facts
-    assert results(events) == {number: number**2 for number in range(20)}
-    assert len(events) == 20
-    assert isinstance(threads, Completed)
-    assert threads.result == 2, "numerical libraries of a worker run one thread each"
-    setups = [int(line) for line in (tmp_path / "setups").read_text().split()]
-    assert sorted(setups) == sorted(fact["pid"] for fact in facts)
-    assert len(set(setups)) == 2
-    assert {fact["worker"] for fact in facts} == {"probe-0", "probe-1"}
-    assert all(fact["n_ballast_bytes"] == 1000 for fact in facts)
-    assert all(fact["node_id"] and fact["fingerprint"] == "probe" for fact in facts)
-    assert wait_until_gone(setups) == []
 
+    def test_setup_runs_once_in_every_actor(
+        self, pool: WorkerPool[Task, int], folder: Path
+    ) -> None:
+        setups = [int(line) for line in (folder / "setups").read_text().split()]
+        assert sorted(setups) == sorted(fact["pid"] for fact in pool.facts)
+        assert len(set(setups)) == 2
+        assert {fact["worker"] for fact in pool.facts} == {"probe-0", "probe-1"}
+        assert all(fact["n_ballast_bytes"] == 1000 for fact in pool.facts)
+        assert all(fact["node_id"] and fact["fingerprint"] == "probe" for fact in pool.facts)
 
-def test_every_worker_works_and_a_short_queue_is_not_prefetched(make_pool: MakePool) -> None:
-    with make_pool() as pool:
+    def test_numerical_libraries_of_a_worker_run_one_thread(
+        self, pool: WorkerPool[Task, int]
+    ) -> None:
+        pool.submit(Task(number=0, action="environment"))
+        (event,) = drain(pool)
+        assert isinstance(event, Completed)
+        assert event.result == 2
+
+    def test_short_queue_is_not_prefetched(self, pool: WorkerPool[Task, int]) -> None:
         for number in range(4):
             pool.submit(Task(number=number, action="nap"))
         events = [event for event in drain(pool) if isinstance(event, Completed)]
-    assert {event.worker for event in events} == {"probe-0", "probe-1"}
-    assert all(event.seconds >= 0.2 for event in events)
-    assert sum(event.worker == "probe-0" for event in events) == 2
+        assert all(event.seconds >= 0.2 for event in events)
+        assert sum(event.worker == "probe-0" for event in events) == 2
+        assert sum(event.worker == "probe-1" for event in events) == 2
+
+    def test_bad_input_crosses_whole_and_is_not_retried(self, pool: WorkerPool[Task, int]) -> None:
+        pool.submit(Task(number=7, action="bad input"))
+        pool.submit(Task(number=2))
+        events = drain(pool)
+        (failed,) = [event for event in events if not isinstance(event, Completed)]
+        assert isinstance(failed, Failed)
+        assert type(failed.error) is DataError
+        error = failed.error
+        assert (error.code, error.where, error.got, error.expected, error.mend) == (
+            "QD303",
+            "sample 7",
+            "(1,)",
+            "(2,)",
+            "resize",
+        )
+        assert results(events) == {2: 4}
+
+    def test_unexpected_exception_is_retried_elsewhere_and_then_given_up(
+        self, pool: WorkerPool[Task, int]
+    ) -> None:
+        pool.submit(Task(number=1, action="raise"))
+        events = drain(pool)
+        assert pool.n_workers_alive == 2
+        retried, failed = events
+        assert isinstance(retried, Retried)
+        assert isinstance(failed, Failed)
+        assert retried.attempt == 2
+        assert failed.error.code == "QD803"
+        assert "KeyError: 'no 1'" in failed.error.got
+        assert "2 failed attempts" in failed.error.got
+        assert "Task(number=1" in failed.error.where
+        workers = {name for name in ("probe-0", "probe-1") if name in retried.reason}
+        assert len(workers) == 1
+        assert not any(name in failed.error.got for name in workers), "it ran twice on one worker"
 
 
 def test_dynamic_submission(make_pool: MakePool) -> None:
@@ -196,45 +251,6 @@ def test_dynamic_submission(make_pool: MakePool) -> None:
                 pool.submit(Task(number=next_number, action="nap"))
                 next_number += 1
     assert sorted(seen) == list(range(7))
-
-
-def test_bad_input_crosses_whole_and_is_not_retried(make_pool: MakePool) -> None:
-    with make_pool() as pool:
-        pool.submit(Task(number=7, action="bad input"))
-        pool.submit(Task(number=2))
-        events = drain(pool)
-    (failed,) = [event for event in events if not isinstance(event, Completed)]
-    assert isinstance(failed, Failed)
-    assert type(failed.error) is DataError
-    error = failed.error
-    assert (error.code, error.where, error.got, error.expected, error.mend) == (
-        "QD303",
-        "sample 7",
-        "(1,)",
-        "(2,)",
-        "resize",
-    )
-    assert results(events) == {2: 4}
-
-
-def test_unexpected_exception_is_retried_elsewhere_and_then_given_up(
-    make_pool: MakePool,
-) -> None:
-    with make_pool(max_attempts=2) as pool:
-        pool.submit(Task(number=1, action="raise"))
-        events = drain(pool)
-        assert pool.n_workers_alive == 2
-    retried, failed = events
-    assert isinstance(retried, Retried)
-    assert isinstance(failed, Failed)
-    assert retried.attempt == 2
-    assert failed.error.code == "QD803"
-    assert "KeyError: 'no 1'" in failed.error.got
-    assert "2 failed attempts" in failed.error.got
-    assert "Task(number=1" in failed.error.where
-    workers = {name for name in ("probe-0", "probe-1") if name in retried.reason}
-    assert len(workers) == 1
-    assert not any(name in failed.error.got for name in workers), "it ran twice on one worker"
 
 
 def test_killed_worker_is_replaced_and_its_task_completes(

@@ -92,8 +92,7 @@ def test_wrong_address_is_refused_quickly(tmp_path: Path, address: str, text: st
 
 
 OWN_CLUSTER = """
-    import json, os, subprocess
-    from functools import partial
+    import json, os
     from pathlib import Path
     from actors.pool import WorkerPool
     from actors.session import ClusterSpec, ray_session
@@ -136,6 +135,63 @@ def test_own_cluster_from_another_folder_leaves_nothing_behind(tmp_path: Path) -
     assert (facts["threads"], facts["extra"], result) == ("1", "yes", 2)
     assert not is_up
     assert in_home == [], "Ray wrote to the user's home"
+
+
+LOST_NODE = """
+    import json, os, secrets, time
+    for key in ("initial_delay", "period", "timeout"):
+        os.environ[f"RAY_health_check_{key}_ms"] = "500"
+    os.environ["RAY_health_check_failure_threshold"] = "3"
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    from actors.pool import Completed, WorkerPool
+    from actors.session import ClusterSpec, ray_session
+    from ray.cluster_utils import Cluster
+
+    class Sleeper:
+        def setup(self):
+            import qdist
+            return {"qdist": qdist.__file__}
+        def run(self, task):
+            time.sleep(0.25)
+            return -task
+
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
+    other = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    spec = ClusterSpec(
+        address=cluster.address, n_workers=2, cpus_per_worker=1, max_attempts=2, ship_code=True
+    )
+    seen, kinds = {}, set()
+    with ray_session(spec) as session:
+        with WorkerPool(spec, Sleeper, name="far") as pool:
+            for number in range(24):
+                pool.submit(number)
+            while pool.n_pending:
+                event = pool.next_event(1.0)
+                if isinstance(event, Completed):
+                    assert event.task not in seen
+                    seen[event.task] = event.result
+                    if len(seen) == 4:
+                        cluster.remove_node(other, allow_graceful=False)
+                elif event is not None:
+                    kinds.add(type(event).__name__)
+            facts = pool.facts
+    cluster.shutdown()
+    print(json.dumps([sorted(seen.items()), sorted(kinds), facts, session.n_nodes]))
+"""
+
+
+@pytest.mark.slow
+def test_lost_node_of_a_cluster_that_was_sent_the_code(tmp_path: Path) -> None:
+    printed = run_elsewhere(LOST_NODE, tmp_path)
+    seen, kinds, facts, n_nodes = json.loads(printed.splitlines()[-1])
+    assert seen == [[number, -number] for number in range(24)]
+    assert "Retried" in kinds
+    assert n_nodes == 2
+    assert len({fact["node_id"] for fact in facts}) == 2, "workers are spread over the nodes"
+    assert all("py_modules" in fact["qdist"] for fact in facts)
 
 
 @pytest.mark.parametrize(

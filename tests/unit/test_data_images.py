@@ -250,20 +250,25 @@ def test_squeezenet_reaches_its_float_accuracy() -> None:
 
 @pytest.mark.shared
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no folder of real data")
-def test_yolox_sees_in_letterboxed_images_what_is_annotated() -> None:
+def test_yolox_sees_what_is_annotated_best_in_the_colour_order_it_was_trained_on() -> None:
     import onnxruntime as ort
 
     folder = SHARED / "data" / "coco8"
-    source = ImageSource(
-        folder=folder / "images", input_name="images", letterbox=(416, 416, 114), color="BGR"
-    )
     session = ort.InferenceSession(SHARED / "models" / "yolox_nano_coco.onnx")
-    keys = source.keys()
-    n_right = 0
-    for key in keys:
-        out = session.run(None, {"images": source.load(key)["images"][None]})[0][0]
-        scores = out[:, 4:5] * out[:, 5:]
-        best = scores.max(0).argmax()
-        rows = (folder / "labels" / key).with_suffix(".txt").read_text().splitlines()
-        n_right += best in {int(row.split()[0]) for row in rows}
-    assert n_right >= 7, f"{n_right} of {len(keys)}"
+    certainty = {"BGR": 0.0, "RGB": 0.0}
+    n_right = {"BGR": 0, "RGB": 0}
+    for color in ("BGR", "RGB"):
+        source = ImageSource(
+            folder=folder / "images", input_name="x", letterbox=(416, 416, 114), color=color
+        )
+        keys = source.keys()
+        for key in keys:
+            out = session.run(None, {"images": source.load(key)["x"][None]})[0][0]
+            scores = (out[:, 4:5] * out[:, 5:]).max(0)
+            rows = (folder / "labels" / key).with_suffix(".txt").read_text().splitlines()
+            annotated = sorted({int(row.split()[0]) for row in rows})
+            n_right[color] += int(scores.argmax()) in annotated
+            certainty[color] += float(scores[annotated].sum())
+    # The model misses two of the eight images, with another bilinear resampling too.
+    assert n_right["BGR"] >= 6
+    assert certainty["BGR"] > certainty["RGB"] + 1

@@ -8,6 +8,7 @@ import pytest
 from qdist.data.arrays import ArraySource
 from qdist.data.manifest import SampleEntry, SampleManifest, Shapes
 from qdist.data.shards import MicroBatch, Shard, cut_shards, micro_batches, stack
+from qdist.data.source import Feeds
 from qdist.errors import ConfigError, DataError
 
 
@@ -76,7 +77,7 @@ def test_broken_values_cannot_be_made() -> None:
 
 
 def test_stack_adds_a_leading_axis() -> None:
-    samples = [
+    samples: list[Feeds] = [
         {"x": np.full((2, 3), i, np.float32), "s": np.asarray(i, np.int64)} for i in range(4)
     ]
     stacked = stack(samples)

@@ -16,6 +16,7 @@ from qdist.data.arrays import ArraySource
 from qdist.data.function import FunctionSource
 from qdist.data.images import ImageSource
 from qdist.data.manifest import SampleManifest
+from qdist.data.preprocess import Preprocess
 from qdist.data.source import DataSource
 from qdist.data.text import TextSource
 
@@ -51,7 +52,14 @@ def _images(folder: Path) -> DataSource:
         Image.fromarray(pixels).save(folder / f"{i}.png")
     rows = "".join(f"{i}.png,{i}\n" for i in range(N))
     (folder / "labels.csv").write_text(rows)
-    return ImageSource(folder=folder, input_name="x", crop=8, labels_file=folder / "labels.csv")
+    return ImageSource(
+        folder=folder,
+        input_name="x",
+        crop=8,
+        labels_file=folder / "labels.csv",
+        preprocess=Preprocess(dtype="keep"),
+        layout="NHWC",
+    )
 
 
 def _text(folder: Path) -> DataSource:
@@ -109,6 +117,10 @@ class TestDataSourceContract:
                 assert type(first[name]) is np.ndarray
                 assert first[name].dtype.isnative
                 np.testing.assert_array_equal(first[name], second[name], strict=True)
+                before = second[name].copy()
+                first[name][...] = 0
+                np.testing.assert_array_equal(second[name], before, strict=True)
+                np.testing.assert_array_equal(source.load(key)[name], before, strict=True)
 
     def test_content_digests_tell_samples_apart(
         self, make: Callable[[Path], DataSource], tmp_path: Path

@@ -1,0 +1,206 @@
+"""Hydra's errors in our words, and validation of what Hydra composed."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from qdist.cli.groups import choices
+from qdist.cli.schema import CommandSettings
+from qdist.demo import demo_file
+from qdist.errors import ConfigError
+
+
+def register_resolvers() -> None:
+    """``${qdist.demo:FILE}``, ``${qdist.stem:PATH}`` and ``${qdist.absolute:PATH}``."""
+    for name, function in {
+        "qdist.demo": lambda file: str(demo_file(file)),
+        "qdist.stem": lambda path: Path(str(path)).stem,
+        "qdist.absolute": lambda path: str(Path(str(path)).expanduser().absolute()),
+    }.items():
+        OmegaConf.register_new_resolver(name, function, replace=True)
+
+
+def validated(config: DictConfig, schema: type[CommandSettings]) -> CommandSettings:
+    """The configuration as frozen settings. Raises QD102, QD104, QD105, QD106."""
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError(
+            "QD105",
+            where=missing[0],
+            got="no value",
+            expected=_expected(schema, missing[0].split(".")),
+            mend=f"add {missing[0]}=VALUE to the command"
+            + (f" (also missing: {', '.join(missing[1:])})" if missing[1:] else ""),
+        )
+    try:
+        plain = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(
+            "QD106",
+            where=str(error.full_key or "the configuration"),
+            got=_first_line(error),
+            expected="values that refer to keys that exist",
+            mend="correct the reference ${...} in that key",
+        ) from error
+    try:
+        return schema.model_validate(plain)
+    except ValidationError as error:
+        raise _mismatch(error.errors()[0], schema) from error
+
+
+def from_hydra(
+    error: HydraException | OmegaConfBaseException,
+    schema: type[CommandSettings],
+    extra: Path | None = None,
+) -> ConfigError:
+    """One line for whatever Hydra refused."""
+    text = str(error)
+    cause = str(error.__cause__ or "")
+    key = re.search(r"Could not override '([^']+)'", text)
+    if (key is not None and "not in struct" in text + cause) or (key and "Key '" in text):
+        return _unknown_key(schema, key.group(1))
+    group = re.search(r"(?:In '[^']*': )?Could not find '([^']+)'", text)
+    if group is not None:
+        return _unknown_choice(group.group(1), schema, extra)
+    wanted = re.search(r"You must specify '([^']+)'", text)
+    if wanted is not None:
+        name = wanted.group(1)
+        return _unknown_choice(f"{name}/", schema, extra)
+    if key is not None:
+        return _unknown_key(schema, key.group(1))
+    return ConfigError(
+        "QD106",
+        where="the command line",
+        got=_first_line(error),
+        expected="overrides of the form key=value or group=choice",
+        mend="quote values that hold spaces or braces: 'key={a: 1}'",
+    )
+
+
+def _unknown_choice(path: str, schema: type[CommandSettings], extra: Path | None) -> ConfigError:
+    group, _, choice = path.rpartition("/")
+    known = choices(group, extra)
+    if not known:
+        return _unknown_key(schema, group or choice)
+    return ConfigError(
+        "QD103",
+        where=f"group {group}",
+        got=repr(choice),
+        expected=f"one of {', '.join(known)}",
+        mend=f"choose one of these: {group}={_nearest(choice, known) or next(iter(known))}",
+    )
+
+
+def _unknown_key(schema: type[CommandSettings], key: str) -> ConfigError:
+    path = key.split("@")[0].split(".")
+    inside, known = _keys_beside(schema, path)
+    bad = path[len(inside)] if len(inside) < len(path) else path[-1]
+    near = _nearest(bad, known)
+    prefix = ".".join(inside)
+    return ConfigError(
+        "QD102",
+        where=key,
+        got=f"a key {bad!r}",
+        expected=f"one of {', '.join(known)}" + (f" in {prefix}" if prefix else ""),
+        mend=f"did you mean {'.'.join([*inside, near])}?" if near else "correct the key",
+    )
+
+
+def _mismatch(details: ErrorDetails, schema: type[CommandSettings]) -> ConfigError:
+    location = [str(part) for part in details["loc"]]
+    path = _without_tags(schema, location)
+    where = ".".join(path)
+    if details["type"] == "extra_forbidden":
+        return _unknown_key(schema, where)
+    if details["type"] == "missing":
+        return ConfigError(
+            "QD105",
+            where=where,
+            got="no value",
+            expected=_expected(schema, path),
+            mend=f"add {where}=VALUE to the command",
+        )
+    message = details["msg"].removeprefix("Input should be ")
+    if "expected_tags" in details.get("ctx", {}):
+        message = f"{where}.kind to be one of {details['ctx']['expected_tags']}"
+    got = details["input"]
+    return ConfigError(
+        "QD104",
+        where=where,
+        got=f"{got!r} ({type(got).__name__})",
+        expected=message,
+        mend=f"correct {where}; {_expected(schema, path)}",
+    )
+
+
+def _without_tags(schema: type[BaseModel], location: Sequence[str]) -> list[str]:
+    """Pydantic names the chosen member of a union in an error's path; users never wrote it."""
+    tags = {"arrays", "images", "text", "function", "metric", "command"}
+    kept: list[str] = []
+    for i, part in enumerate(location):
+        parent = location[i - 1] if i else ""
+        if part in tags and parent in ("calibration", "evaluation"):
+            continue
+        kept.append(part)
+    return kept
+
+
+def _models_of(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_of(part)]
+
+
+def _keys_beside(schema: type[BaseModel], path: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The longest part of ``path`` that exists, and the keys that exist there."""
+    models: list[type[BaseModel]] = [schema]
+    inside: list[str] = []
+    for part in path:
+        fields = {n: f for model in models for n, f in model.model_fields.items()}
+        if part not in fields:
+            break
+        deeper = [
+            m
+            for model in models
+            if part in model.model_fields
+            for m in _models_of(model.model_fields[part].annotation)
+        ]
+        if not deeper:
+            break
+        inside.append(part)
+        models = deeper
+    known = list(dict.fromkeys(n for model in models for n in model.model_fields))
+    return inside, known
+
+
+def _expected(schema: type[BaseModel], path: Sequence[str]) -> str:
+    """What a key is for, from its description."""
+    models: list[type[BaseModel]] = [schema]
+    description = ""
+    for part in path:
+        fields = [m.model_fields[part] for m in models if part in m.model_fields]
+        if not fields:
+            break
+        description = fields[0].description or description
+        models = [model for field in fields for model in _models_of(field.annotation)]
+    return description or "a value"
+
+
+def _nearest(word: str, known: Sequence[str] | dict[str, str]) -> str | None:
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return found[0] if found else None
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

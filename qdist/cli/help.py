@@ -1,0 +1,131 @@
+"""What ``--help`` prints: for people, and quickly, without composing a configuration."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from qdist.cli.groups import choices
+from qdist.cli.schema import COMMANDS, CommandSettings
+
+EXAMPLES = {
+    "calibrate": "qdist calibrate model=digits_vit data=digits cluster.workers=2",
+    "quantize": "qdist quantize model=digits_vit quantization.saturation=kl",
+    "evaluate": "qdist evaluate model=digits_vit data=digits evaluation=accuracy",
+    "compare": "qdist compare model=digits_vit data=digits compare.dump=3",
+    "tune": "qdist tune model=digits_vit data=digits evaluation=accuracy search.max_trials=12",
+    "emit": "qdist emit model=digits_vit artifact=vit_int8.onnx",
+    "show": "qdist show qdist-runs/digits_vit/plan.json",
+}
+SUMMARIES = {
+    **{name: (inspect.getdoc(schema) or "").splitlines()[0] for name, schema in COMMANDS.items()},
+    "show": "Print what is in a store, a plan, an artifact or a model, as a table.",
+}
+
+
+def overview() -> str:
+    """``qdist --help``."""
+    lines = [
+        "qdist: distributed post-training-quantization calibration for ONNX models",
+        "",
+        "usage: qdist COMMAND [group=choice] [group.key=value] ...",
+        "",
+        "commands, in the order of a first run:",
+        *(f"  {name:<10} {text}" for name, text in SUMMARIES.items()),
+        "",
+        "qdist COMMAND --help    groups, keys and an example of one command",
+        "qdist --version         the version",
+        "",
+        "A first run, on data that ships with qdist:",
+        f"  {EXAMPLES['tune']}",
+    ]
+    return "\n".join(lines)
+
+
+def command_help(command: str, extra: Path | None = None) -> str:
+    """``qdist COMMAND --help``; ``extra``: the folder given as --config-dir."""
+    if command == "show":
+        return _show_help()
+    schema = COMMANDS[command]
+    lines = [
+        f"usage: qdist {command} [group=choice] [group.key=value] ...",
+        "",
+        inspect.getdoc(schema) or "",
+        "",
+        "example:",
+        f"  {EXAMPLES[command]}",
+        "",
+        "configuration groups and their choices:",
+        *_groups(schema, extra),
+        "",
+        "keys (group.key=value):",
+        *_keys(schema),
+        "",
+        "Hydra's own options:",
+        "  --cfg job              print the configuration that these words give, and stop",
+        "  --multirun, -m         run every combination of key=a,b,c",
+        "  --config-dir FOLDER    find your own group files too: FOLDER/model/mine.yaml",
+        "  --hydra-help           the others",
+    ]
+    return "\n".join(lines)
+
+
+def _groups(schema: type[CommandSettings], extra: Path | None) -> Iterator[str]:
+    for name in schema.model_fields:
+        known = choices(name, extra)
+        if known:
+            yield f"  {name}: {', '.join(known)}"
+
+
+def _keys(schema: type[CommandSettings]) -> Iterator[str]:
+    for name, field in schema.model_fields.items():
+        members = _members(field)
+        if not members:
+            yield f"  {name:<34} {field.description or ''}"
+        for member in members:
+            for key, inner in member.model_fields.items():
+                if key == "kind":
+                    continue
+                label = f"{name}.{key}"
+                if len(members) > 1:
+                    label += f" ({get_args(member.model_fields['kind'].annotation)[0]})"
+                yield f"  {label:<34} {inner.description or ''}".rstrip()
+
+
+def _members(field: FieldInfo) -> list[type[BaseModel]]:
+    found: list[type[BaseModel]] = []
+    pending = [field.annotation]
+    while pending:
+        part = pending.pop(0)
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            found.append(part)
+        else:
+            pending.extend(get_args(part))
+    return found
+
+
+def _show_help() -> str:
+    return "\n".join(
+        [
+            "usage: qdist show PATH [PATH]",
+            "",
+            SUMMARIES["show"],
+            "",
+            "PATH   a calibration store (folder), a plan (.json), a quantized or a float model",
+            "       (.onnx). Two plans: what differs between them.",
+            "",
+            "example:",
+            f"  {EXAMPLES['show']}",
+            "  qdist show plan_a.json plan_b.json",
+            "",
+            "options:",
+            "  --rows N   print at most N rows of a table (default 40; 0: all)",
+            "",
+            "configuration groups: none; show reads files alone.",
+        ]
+    )

@@ -1,0 +1,365 @@
+"""What a configuration may hold. One class a group; unknown keys are refused.
+
+The description of every key is what ``qdist COMMAND --help`` prints.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Group(BaseModel):
+    """A group of settings: immutable, and no key beside those named."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(Group):
+    """The float model."""
+
+    name: str = Field(min_length=1, description="names the output folder")
+    path: str = Field(description="the ONNX file; external data lies beside it")
+    provider: str = Field("CPUExecutionProvider", description="ONNX Runtime execution provider")
+    threads: int = Field(1, ge=1, description="intra-op threads of each session")
+
+
+class PreprocessConfig(Group):
+    """(x * scale - mean) / std in float32, after transposing."""
+
+    scale: float = 1.0
+    mean: list[float] = []
+    std: list[float] = []
+    channel_axis: int = 0
+    transpose: list[int] = []
+    dtype: str = "float32"
+
+
+_KEEP = PreprocessConfig(dtype="keep")
+
+
+class ArraysConfig(Group):
+    """Arrays in .npz or .npy files."""
+
+    kind: Literal["arrays"]
+    path: str
+    inputs: dict[str, str]
+    labels: str | None = None
+    limit: int | None = Field(None, ge=1)
+    start: int = Field(0, ge=0)
+    preprocess: PreprocessConfig = _KEEP
+
+
+class ImagesConfig(Group):
+    """Image files in a folder."""
+
+    kind: Literal["images"]
+    folder: str
+    input_name: str
+    list_file: str | None = None
+    labels_file: str | None = None
+    resize: int | list[int] | None = None
+    crop: int | None = Field(None, ge=1)
+    letterbox: list[int] | None = None
+    color: Literal["RGB", "BGR", "GRAY"] = "RGB"
+    layout: Literal["NCHW", "NHWC"] = "NCHW"
+    limit: int | None = Field(None, ge=1)
+    start: int = Field(0, ge=0)
+    preprocess: PreprocessConfig = PreprocessConfig()
+
+
+class TextConfig(Group):
+    """Chunks of a tokenized text."""
+
+    kind: Literal["text"]
+    path: str
+    tokenizer_path: str
+    input_name: str
+    lengths: list[int]
+    n_samples: int | None = Field(None, ge=1)
+    start_token: int = Field(0, ge=0)
+    bos: bool = True
+
+
+class FunctionDataConfig(Group):
+    """Samples from the user's own function."""
+
+    kind: Literal["function"]
+    target: str
+    arguments: dict[str, Any] = {}
+
+
+SourceConfig = Annotated[
+    ArraysConfig | ImagesConfig | TextConfig | FunctionDataConfig, Field(discriminator="kind")
+]
+
+
+class DataConfig(Group):
+    """The calibration set and the evaluation set."""
+
+    path: str | None = Field(None, description="what the group's two sets are read from")
+    tokenizer: str | None = Field(None, description="the tokenizer's file (text)")
+    calibration: SourceConfig = Field(description="where calibration samples come from")
+    evaluation: SourceConfig | None = Field(None, description="where evaluation samples come from")
+
+
+class CalibrationConfig(Group):
+    """How activations are measured."""
+
+    micro_batch: int = Field(4, ge=1, description="samples per run of the model, at most")
+    shard_samples: int = Field(16, ge=1, description="samples per shard, the unit of work")
+    taps: Literal["all", "compute"] = Field(
+        "all", description="all activations, or those that matmul- and conv-like layers read"
+    )
+    on_nan: Literal["error", "report"] = Field("error", description="what a NaN activation does")
+
+
+class StoreConfig(Group):
+    """Where statistics are kept."""
+
+    path: str = Field(description="a folder; one store holds one calibration")
+
+
+class RuleConfig(Group):
+    """Settings for some layers; later rules win."""
+
+    match: str = Field(min_length=1)
+    precision: str | None = None
+    granularity: Literal["tensor", "channel"] | None = None
+    saturation: str | None = None
+    weight_saturation: Literal["auto", "max", "mse"] | None = None
+
+
+class QuantizationConfig(Group):
+    """What every layer gets unless a rule says otherwise."""
+
+    precision: str = Field("int8", description="int8, w4a8, w8a16, w4a16, int16 or float32")
+    granularity: Literal["tensor", "channel"] = Field(
+        "channel", description="one weight scale per tensor or per output channel"
+    )
+    saturation: str = Field("mse", description="range of activations: max, percentile, mse, kl")
+    saturation_parameters: dict[str, Any] = Field(
+        {}, description="of the method, e.g. {percent: 99.99}"
+    )
+    weight_saturation: Literal["auto", "max", "mse"] = Field(
+        "auto", description="range of weights; auto is mse for 4 bits, else max"
+    )
+    symmetric: bool = Field(False, description="activations with zero point 0")
+    scope: Literal["all", "compute"] = Field(
+        "all", description="every layer that chips compute in integers, or matmul- and conv-like"
+    )
+    rules: list[RuleConfig] = Field(
+        [], description="[{match: NAME|PATTERN|op:TYPE, precision: ...}, ...], the last match wins"
+    )
+
+
+class TargetConfig(Group):
+    """What the toolchain accepts."""
+
+    name: str = Field(description="recorded with the artifact")
+    precisions: list[str] = Field(description="precisions it supports")
+    symmetric_only: bool = Field(False, description="refuse zero points other than 0")
+    per_channel: bool = Field(True, description="allow a weight scale per output channel")
+    scale_grid: Literal["float", "power_of_two"] = Field("float", description="allowed scales")
+
+
+class SearchConfig(Group):
+    """How the search goes."""
+
+    strategy: Literal["greedy"] = Field("greedy", description="how plans are proposed")
+    max_trials: int = Field(12, ge=1, description="the plain plan included")
+    low: str | None = Field("w4a8", description="precision to lower insensitive layers to")
+    high: str | None = Field("w8a16", description="precision to raise sensitive layers to")
+    saturations: list[str] = Field(description="threshold methods to try")
+    first_share: float = Field(0.5, gt=0, le=1, description="share of layers moved at first")
+    sensitivity_samples: int = Field(32, ge=1, description="samples to rank layers by")
+
+
+class MetricConfig(Group):
+    """A named metric over data.evaluation."""
+
+    kind: Literal["metric"]
+    metric: str = Field(description="top1, top5, nll, perplexity, agreement, sqnr_db, ...")
+    batch: int = Field(32, ge=1, description="samples per run")
+    token_input: str | None = Field(None, description="the input of token ids, for text")
+
+
+class CommandConfig(Group):
+    """The user's own script."""
+
+    kind: Literal["command"]
+    command: list[str] = Field(description="program and arguments; {model} is the artifact")
+    folder: str | None = Field(None, description="copied for every run, which works in the copy")
+    timeout_s: float = Field(3600, gt=0, description="then the whole process group is ended")
+    higher_is_better: bool = Field(True, description="which way the metric ranks")
+    metric: str | None = Field(None, description="which of several named numbers is the score")
+    read: Literal["auto", "stdout", "metrics.txt", "metrics.json"] = Field(
+        "auto", description="where the metric is"
+    )
+    shell: bool = Field(False, description="give the command to /bin/sh")
+    keep: bool = Field(False, description="leave the working copy in place")
+    environment: dict[str, str] = Field({}, description="variables for the command")
+
+
+class FunctionConfig(Group):
+    """The user's own Python function."""
+
+    kind: Literal["function"]
+    target: str = Field(description="module:function or FILE.py:function, called with an executor")
+    higher_is_better: bool = Field(True, description="which way the metric ranks")
+    metric: str | None = Field(None, description="which of several named numbers is the score")
+    arguments: dict[str, Any] = Field({}, description="keyword arguments for the function")
+    batch_size: int = Field(1, ge=1, description="executor.batch_size")
+    iteration: int | None = Field(None, ge=1, description="executor.iteration")
+    dataset: str | None = Field(None, description="executor.dataset")
+
+
+EvaluationConfig = Annotated[
+    MetricConfig | CommandConfig | FunctionConfig, Field(discriminator="kind")
+]
+
+
+class CompareConfig(Group):
+    """How layers are compared."""
+
+    samples: int = Field(32, ge=1, description="how many of data.evaluation's samples")
+    limit: int = Field(20, ge=1, description="rows to print; all go into the files")
+    dump: Literal[0, 1, 2, 3] = Field(
+        0, description="files for other tools: 1 float outputs, 2 quantized too, 3 every layer"
+    )
+    dump_samples: int = Field(4, ge=1, description="samples to dump")
+
+
+class ClusterConfig(Group):
+    """Where workers run."""
+
+    address: str | None = Field(None, description="null: a Ray of our own; auto, HOST:PORT, ray://")
+    workers: int = Field(2, ge=1, description="how many")
+    cpus_per_worker: float = Field(1, gt=0, description="cores each reserves")
+    gpus_per_worker: float = Field(0, ge=0, description="GPUs each reserves")
+    memory_bytes_per_worker: int | None = Field(None, ge=1, description="memory each reserves")
+    ready_timeout_s: float = Field(120, gt=0, description="to start")
+    task_timeout_s: float = Field(3600, gt=0, description="for one shard or one trial")
+    max_attempts: int = Field(3, ge=1, description="per shard or trial")
+    ship_code: bool = Field(False, description="send this checkout's code to the nodes")
+
+
+class TrackingConfig(Group):
+    """MLflow."""
+
+    enabled: bool = Field(True, description="record runs")
+    uri: str = Field(description="sqlite:///FILE or http(s)://SERVER")
+    experiment: str = Field("qdist", description="created if missing")
+    artifacts: Literal["all", "best", "none"] = Field("all", description="which files are sent")
+    run_name: str | None = Field(None, description="of the parent run")
+
+
+class OutputConfig(Group):
+    """Where files go."""
+
+    root: str = Field(description="holds one folder a model, and the MLflow database")
+    folder: str = Field(description="this model's plan, artifact and reports")
+
+
+class CommandSettings(Group):
+    """What all commands have."""
+
+    model: ModelConfig
+    tracking: TrackingConfig
+    output: OutputConfig
+
+
+class CalibrateSettings(CommandSettings):
+    """Measure every activation of the float model on the calibration set.
+
+    Ray workers pull shards, run the model with its activations as outputs, and commit histograms
+    to the store. A run that was stopped goes on where it was; what is measured is not measured
+    again.
+    """
+
+    data: DataConfig
+    calibration: CalibrationConfig
+    store: StoreConfig
+    cluster: ClusterConfig
+
+
+class QuantizeSettings(CommandSettings):
+    """Choose ranges from the stored statistics; write the plan and the quantized model.
+
+    Never runs the float model: any method and precision comes from one calibration.
+    """
+
+    store: StoreConfig
+    quantization: QuantizationConfig
+    target: TargetConfig
+
+
+class EvaluateSettings(CommandSettings):
+    """Score the float model and the quantized one with a metric, your script or your function."""
+
+    data: DataConfig | None = None
+    evaluation: EvaluationConfig
+    artifact: str = Field(description="the quantized model to score")
+
+
+class CompareSettings(CommandSettings):
+    """Compare the quantized model with the float one, layer by layer, the worst first.
+
+    Each layer twice: alone (fed by float activations) and in place (fed by the quantized model's).
+    """
+
+    data: DataConfig
+    target: TargetConfig
+    compare: CompareConfig
+    plan: str = Field(description="the plan to compare")
+
+
+class TuneSettings(CommandSettings):
+    """Calibrate where needed, then search for a better mixed-precision plan.
+
+    Trials run in parallel on Ray workers, each scored by the evaluation and logged to MLflow as a
+    child run with its plan and artifact.
+    """
+
+    data: DataConfig
+    calibration: CalibrationConfig
+    store: StoreConfig
+    quantization: QuantizationConfig
+    target: TargetConfig
+    search: SearchConfig
+    evaluation: EvaluationConfig
+    compare: CompareConfig
+    cluster: ClusterConfig
+
+
+class EmitSettings(CommandSettings):
+    """Write the artifact of a plan for a target."""
+
+    target: TargetConfig
+    plan: str = Field(description="the plan to write")
+    artifact: str = Field(description="where to write it")
+
+
+COMMANDS: dict[str, type[CommandSettings]] = {
+    "calibrate": CalibrateSettings,
+    "quantize": QuantizeSettings,
+    "evaluate": EvaluateSettings,
+    "compare": CompareSettings,
+    "tune": TuneSettings,
+    "emit": EmitSettings,
+}
+"""Command -> its configuration. ``show`` takes paths instead."""
+
+IDENTITY_KEYS = frozenset(
+    {"model.path", "model.provider", "model.threads", "data.calibration"}
+    | {"calibration.micro_batch", "calibration.taps", "calibration.on_nan"}
+)
+"""Keys of `CalibrateSettings` that can change a count, so that they are part of the identity."""
+NOT_IDENTITY_KEYS = frozenset(
+    {"model.name", "data.path", "data.tokenizer", "data.evaluation", "calibration.shard_samples"}
+    | {"store.path", "output.root", "output.folder"}
+    | {f"cluster.{name}" for name in ClusterConfig.model_fields}
+    | {f"tracking.{name}" for name in TrackingConfig.model_fields}
+)
+"""All its other keys. A test fails on a key that is in neither set."""

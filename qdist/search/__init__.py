@@ -1,0 +1,6 @@
+"""What to try next. Pure ask/tell objects: no Ray, no files, no clock.
+
+``trial``   candidates, finished trials, and how trials are ranked.
+``greedy``  hill climbing over groups of layers, most and least sensitive first.
+``strategies``  the strategies by name.
+"""

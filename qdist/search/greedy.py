@@ -1,0 +1,147 @@
+"""Hill climbing over groups of layers.
+
+The first round tries the plain plan and the other threshold methods for the whole model. Every
+further round starts from the best plan so far and proposes, for a group of layers at a time: the
+least sensitive ones at a lower precision, the most sensitive ones at a higher one, and the most
+sensitive ones with another threshold method or granularity. When a round brings nothing, the
+group is halved; with groups of none the search is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from qdist.plan.choice import LayerChoice
+from qdist.search.trial import Candidate, Choices, Trial, best_of, choices_key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GreedySettings:
+    """``low`` and ``high``: precisions to move to, or None. ``saturations``: threshold methods to
+    try. ``max_trials``: the plain plan included. ``first_share``: share of the layers that the
+    first groups take."""
+
+    low: str | None = "w4a8"
+    high: str | None = "w8a16"
+    saturations: tuple[str, ...] = ("max", "mse", "percentile", "kl")
+    max_trials: int = 12
+    first_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.max_trials < 1 or not 0 < self.first_share <= 1:
+            raise ValueError("max_trials must be at least 1 and first_share within 0..1")
+
+
+class Greedy:
+    """The strategy. ``plain``: the choice of every layer in the plain plan. ``sensitivity``: for
+    each precision, layer -> error when that layer alone has it; its keys are the layers that may
+    change, and larger is worse."""
+
+    def __init__(
+        self,
+        plain: Choices,
+        sensitivity: Mapping[str, Mapping[str, float]],
+        settings: GreedySettings,
+    ) -> None:
+        self._plain = dict(plain)
+        self._settings = settings
+        base = next(iter(plain.values())).precision if plain else "int8"
+        default = sensitivity.get(base) or next(iter(sensitivity.values()), {})
+        self._layers = [name for name in plain if name in default]
+        self._worst_first = _ordered(self._layers, default, descending=True)
+        low = sensitivity.get(settings.low or "", default)
+        self._least_first = _ordered(self._layers, low, descending=False)
+        self._trials: list[Trial] = []
+        self._asked: set[str] = set()
+        self._n = 0
+        self._best: Trial | None = None
+        self._group = max(1, round(settings.first_share * len(self._layers)))
+        self._started = False
+
+    def ask(self) -> list[Candidate]:
+        """The next round; empty when the search is over."""
+        if not self._started:
+            self._started = True
+            return self._first_round()
+        if self._best is None:
+            return []
+        while self._group >= 1 and self._n < self._settings.max_trials:
+            proposals = self._moves(dict(self._best.candidate.choices))
+            if proposals:
+                return proposals
+            self._group //= 2
+        return []
+
+    def tell(self, trials: Iterable[Trial]) -> None:
+        """All trials of the last round."""
+        before = self._best
+        self._trials.extend(trials)
+        self._best = best_of(self._trials)
+        if before is not None and self._best is before:
+            self._group //= 2
+
+    def _first_round(self) -> list[Candidate]:
+        proposals = [self._candidate("plain", self._plain)]
+        default = {choice.saturation for choice in self._plain.values()}
+        for method in self._settings.saturations:
+            if method not in default:
+                choices = {n: replace(c, saturation=method) for n, c in self._plain.items()}
+                proposals.append(self._candidate(f"saturation {method}", choices))
+        return [candidate for candidate in proposals if candidate is not None]
+
+    def _moves(self, best: dict[str, LayerChoice]) -> list[Candidate]:
+        settings, n = self._settings, self._group
+        found: list[Candidate | None] = []
+        if settings.low is not None:
+            names = self._take(self._least_first, best, n, precision=settings.low)
+            found.append(self._moved(best, names, f"{settings.low} in", precision=settings.low))
+        if settings.high is not None:
+            few = max(1, n // 4)
+            names = self._take(self._worst_first, best, few, precision=settings.high)
+            found.append(self._moved(best, names, f"{settings.high} in", precision=settings.high))
+        worst = self._worst_first[: max(1, n // 2)]
+        for method in settings.saturations:
+            names = [name for name in worst if best[name].saturation != method]
+            moved = self._moved(best, names, f"saturation {method} in", saturation=method)
+            if moved is not None:
+                found.append(moved)
+                break
+        return [candidate for candidate in found if candidate is not None]
+
+    @staticmethod
+    def _take(
+        order: Sequence[str], best: Mapping[str, LayerChoice], n: int, *, precision: str
+    ) -> list[str]:
+        return [name for name in order if best[name].precision != precision][:n]
+
+    def _moved(
+        self, best: Mapping[str, LayerChoice], names: Sequence[str], label: str, **change: str
+    ) -> Candidate | None:
+        if not names:
+            return None
+        choices = {**best, **{name: _changed(best[name], change) for name in names}}
+        noun = "layer" if len(names) == 1 else "layers"
+        return self._candidate(f"{label} {len(names)} {noun}", choices)
+
+    def _candidate(self, label: str, choices: Choices) -> Candidate | None:
+        key = choices_key(choices)
+        if key in self._asked or self._n >= self._settings.max_trials:
+            return None
+        self._asked.add(key)
+        changed = tuple(n for n in self._layers if choices[n] != self._plain[n])
+        candidate = Candidate(number=self._n, label=label, choices=choices, changed=changed)
+        self._n += 1
+        return candidate
+
+
+def _changed(choice: LayerChoice, change: Mapping[str, str]) -> LayerChoice:
+    return LayerChoice(**{**choice.to_json(), **change})
+
+
+def _ordered(
+    layers: Sequence[str], sensitivity: Mapping[str, float], *, descending: bool
+) -> list[str]:
+    """By sensitivity; layers without one count as insensitive; graph order on ties."""
+    sign = -1.0 if descending else 1.0
+    return sorted(layers, key=lambda name: sign * sensitivity.get(name, 0.0))

@@ -1,0 +1,80 @@
+"""Candidates, finished trials, and how trials are ranked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from qdist.digest import digest_json
+from qdist.evaluate.report import EvalReport
+from qdist.plan.choice import LayerChoice
+
+Choices = Mapping[str, LayerChoice]
+"""Layer name -> its choice."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A plan to try. ``number`` counts from 0, the plain plan; ``label`` says in a few words what
+    is different; ``changed`` names the layers that differ from the plain plan."""
+
+    number: int
+    label: str
+    choices: Choices
+    changed: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Equal keys mean equal plans."""
+        return choices_key(self.choices)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """A finished candidate: its report, or the reason why there is none.
+
+    ``n_bytes``: size of its artifact; 0 when none was written.
+    """
+
+    candidate: Candidate
+    report: EvalReport | None
+    n_bytes: int
+    reason: str = ""
+    details: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> tuple[float, float, float]:
+        """Larger is better: the score, then the smaller artifact, then output SQNR."""
+        if self.report is None:
+            return (float("-inf"), float("-inf"), float("-inf"))
+        sign = 1.0 if self.report.higher_is_better else -1.0
+        closeness = self.report.metrics.get("sqnr_db", 0.0)
+        return (sign * self.report.score, -float(self.n_bytes), closeness)
+
+
+class Strategy(Protocol):
+    """Proposes rounds of candidates. What it proposes depends on the trials of finished rounds
+    alone, never on timing, so any number of workers finds the same answer."""
+
+    def ask(self) -> list[Candidate]:
+        """The next round; empty when the search is over."""
+        ...
+
+    def tell(self, trials: Iterable[Trial]) -> None:
+        """All trials of the last round, in any order."""
+        ...
+
+
+def choices_key(choices: Choices) -> str:
+    """A digest of a whole assignment."""
+    return digest_json({name: choice.to_json() for name, choice in sorted(choices.items())})
+
+
+def best_of(trials: Iterable[Trial]) -> Trial | None:
+    """The best trial; the earlier one on ties; None when none succeeded."""
+    best: Trial | None = None
+    for trial in sorted(trials, key=lambda t: t.candidate.number):
+        if trial.report is not None and (best is None or trial.rank > best.rank):
+            best = trial
+    return best
