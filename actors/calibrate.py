@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,7 @@ def calibrate(
             WorkerPool[Shard, ShardReceipt](cluster, make_worker, name="calibration") as pool,
         ):
             _refuse_mixed(job, pool.facts)
+            report(replace(state, n_workers=pool.n_workers_alive))
             for shard in shards:
                 pool.submit(shard)
             _collect(pool, state, report)
@@ -109,6 +110,7 @@ def _collect(
             case WorkerLost():
                 message = f"worker {event.worker} is gone: {event.reason}"
             case WorkerJoined():
+                _refuse_mixed(job, [event.facts])
                 message = f"worker {event.worker} joins"
         report(
             CalibrationProgress(

@@ -137,14 +137,15 @@ def prepare(
     size = batch_size_for(source, inputs, settings.micro_batch)
     manifest = SampleManifest.first(source, on_progress=on_progress)
     grid = micro_batches(manifest, size)
-    fixed = fixed_batch(inputs)
-    if fixed is not None and fixed > 1 and len(grid[-1]) != fixed:
+    short = [batch for batch in grid if len(batch) != size]
+    # Samples that carry their own batch axis run alone, whatever batch the inputs name.
+    if short and size > 1 and fixed_batch(inputs) == size:
         raise DataError(
             "QD303",
-            where="the last micro-batch",
-            got=f"{len(grid[-1])} samples of {len(manifest)}",
-            expected=f"a multiple of {fixed}, the model's fixed batch",
-            mend=f"use a number of samples that {fixed} divides, or export a dynamic batch axis",
+            where=f"the micro-batch from sample {short[0].keys[0]}",
+            got=f"{len(short[0])} samples of {len(manifest)}",
+            expected=f"a multiple of {size}, the model's fixed batch",
+            mend=f"use a number of samples that {size} divides, or export a dynamic batch axis",
         )
     notes = list(frozen.notes)
     if size != settings.micro_batch:

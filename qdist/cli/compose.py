@@ -32,7 +32,7 @@ def register_resolvers() -> None:
 
 def validated(config: DictConfig, schema: type[CommandSettings]) -> CommandSettings:
     """The configuration as frozen settings. Raises QD102, QD104, QD105, QD106."""
-    missing = sorted(OmegaConf.missing_keys(config))
+    missing = sorted(_unset(OmegaConf.to_container(config, resolve=False)))
     if missing:
         raise ConfigError(
             "QD105",
@@ -56,6 +56,14 @@ def validated(config: DictConfig, schema: type[CommandSettings]) -> CommandSetti
         return schema.model_validate(plain)
     except ValidationError as error:
         raise _mismatch(error.errors()[0], schema) from error
+
+
+def _unset(value: Any, path: str = "") -> list[str]:
+    """Keys whose value is ``???``. Those that merely refer to one are left out."""
+    if isinstance(value, dict):
+        inner = [(f"{path}.{k}" if path else str(k), v) for k, v in value.items()]
+        return [name for key, item in inner for name in _unset(item, key)]
+    return [path] if value == "???" else []
 
 
 def from_hydra(
@@ -131,9 +139,11 @@ def _mismatch(details: ErrorDetails, schema: type[CommandSettings]) -> ConfigErr
             mend=f"add {where}=VALUE to the command",
         )
     message = details["msg"].removeprefix("Input should be ")
-    if "expected_tags" in details.get("ctx", {}):
-        message = f"{where}.kind to be one of {details['ctx']['expected_tags']}"
     got = details["input"]
+    if "expected_tags" in details.get("ctx", {}):
+        got = details["ctx"].get("tag")
+        where = f"{where}.kind"
+        message = f"one of {details['ctx']['expected_tags']}"
     return ConfigError(
         "QD104",
         where=where,

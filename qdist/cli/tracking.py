@@ -132,9 +132,11 @@ def _mlflow_call(forced: Mapping[str, str] | None = None) -> Iterator[None]:
     """
     values = {k: v for k, v in _DEFAULTS.items() if k not in os.environ} | dict(forced or {})
     before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    import mlflow  # noqa: F401  (sets up its loggers, so it comes before they are silenced)
+
     loggers = [logging.getLogger(name) for name in ("alembic", "mlflow", "urllib3")]
     levels = [logger.level for logger in loggers]
-    os.environ.update(values)
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:

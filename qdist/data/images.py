@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import PIL
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -45,6 +46,7 @@ class ImageSource:
     ``resize``       an int: the shorter side gets this length, the longer one in proportion
                      (rounded down); a pair: (height, width); None: as stored.
     ``crop``         side of the centred square cut out after ``resize``.
+    ``start``, ``limit``  skip the first images, then take at most ``limit``.
     ``letterbox``    (height, width, pad value 0..255): fitted inside in proportion, pasted at the
                      top left. Excludes ``resize`` and ``crop``.
     ``color``        channel order of the result; ``preprocess`` sees channels in this order.
@@ -69,19 +71,21 @@ class ImageSource:
     layout: Literal["NCHW", "NHWC"] = "NCHW"
     preprocess: Preprocess = field(default_factory=Preprocess)
     limit: int | None = None
+    start: int = 0
 
     def __post_init__(self) -> None:
         self._check_choices()
         sizes = [self.crop, *(self.letterbox or ())[:2], self.limit]
         sizes += list(self.resize) if isinstance(self.resize, tuple) else [self.resize]
         pad = self.letterbox[2] if self.letterbox else 0
-        if any(size is not None and size < 1 for size in sizes) or not 0 <= pad <= 255:
+        small = any(size is not None and size < 1 for size in sizes) or self.start < 0
+        if small or not 0 <= pad <= 255:
             raise ConfigError(
                 "QD104",
                 where=str(self.folder),
                 got=f"resize={self.resize}, crop={self.crop}, letterbox={self.letterbox}, "
-                f"limit={self.limit}",
-                expected="sizes and limit of at least 1, and a pad value from 0 to 255",
+                f"start={self.start}, limit={self.limit}",
+                expected="sizes and limit of at least 1, a pad value from 0 to 255, a start from 0",
                 mend="change the setting that is out of range",
             )
 
@@ -135,7 +139,8 @@ class ImageSource:
             "resize": resize,
             "crop": self.crop,
             "letterbox": None if self.letterbox is None else list(self.letterbox),
-            "resampling": "bilinear",
+            # Decoders differ in the last bit between versions.
+            "resampling": f"bilinear, Pillow {PIL.__version__}",
             "color": self.color,
             "layout": self.layout,
             "preprocess": self.preprocess.as_json(),
@@ -196,11 +201,14 @@ class ImageSource:
                 for path in self.folder.rglob("*")
                 if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
             )
+        n_found, found = len(found), found[self.start :]
         if not found:
             raise DataError(
                 "QD302",
                 where=str(self.list_file or self.folder),
-                got="no images",
+                got=f"{n_found} images, of which the first {self.start} are left out"
+                if n_found
+                else "no images",
                 expected="at least one file ending in " + ", ".join(sorted(SUFFIXES)),
                 mend="choose another folder or list file",
             )

@@ -1,28 +1,32 @@
 """Writing a quantized graph to disk, one weight at a time.
 
-Small models become one file. Large ones, and those whose source was external, get an external-data
-file beside the graph, so that no protobuf ever holds all weights.
+Small models become one file. Large ones get an external-data file beside the graph, so that no
+protobuf ever holds all weights.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
 from qdist.errors import ArtifactError
 from qdist.files import make_folder
+from qdist.model.rewrite import tensors
 from qdist.model.weights import external_range, n_bytes_of
 from qdist.simulate.assemble import QuantizedGraph
+from qdist.simulate.pairs import IntegerWeight
 
 INLINE_LIMIT_BYTES = 1 << 30
 """Weights beyond this go outside; protobuf itself ends at 2 GiB."""
 _KEEP_INLINE_BYTES = 1024
 _ALIGNMENT = 4096
 _BLOCK_BYTES = 1 << 24
+_STRING = TensorProto.STRING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,24 +39,28 @@ class WrittenModel:
 
 
 def write_model(graph: QuantizedGraph, path: Path) -> WrittenModel:
-    """Write ``graph`` to ``path``, whole or not at all. Mutates ``graph.proto``. Raises QD603."""
+    """Write ``graph`` to ``path``, whole or not at all. Mutates ``graph.proto``.
+
+    Raises QD204, QD603.
+    """
     make_folder(path.parent)
-    tensors = list(graph.proto.graph.initializer)
-    total = sum(n_bytes_of(tensor) for tensor in tensors)
-    data_path = path.with_name(path.name + ".data") if total > INLINE_LIMIT_BYTES else None
+    found = list(tensors(graph.proto))
+    total = sum(n_bytes_of(tensor) for tensor in found)
+    beside = path.with_name(path.name + ".data")
+    data_path = beside if total > INLINE_LIMIT_BYTES else None
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     data_partial = path.with_name(f".{path.name}.data.{os.getpid()}.partial")
     try:
+        _refuse_folders(path, beside)
         if data_path is None:
-            _fill_inline(graph, tensors)
+            _fill_inline(graph, found)
         else:
-            with data_partial.open("wb") as file:
-                _fill_external(graph, tensors, file, data_path.name)
+            _fill_external(graph, found, data_partial, data_path.name)
         partial.write_bytes(graph.proto.SerializeToString())
         if data_path is not None:
             os.replace(data_partial, data_path)
         else:
-            path.with_name(path.name + ".data").unlink(missing_ok=True)
+            beside.unlink(missing_ok=True)
         os.replace(partial, path)
     except OSError as error:
         raise ArtifactError(
@@ -69,62 +77,59 @@ def write_model(graph: QuantizedGraph, path: Path) -> WrittenModel:
     return WrittenModel(path=path, data_path=data_path, n_bytes=n_bytes)
 
 
-def _fill_inline(graph: QuantizedGraph, tensors: list[TensorProto]) -> None:
+def _refuse_folders(*paths: Path) -> None:
+    # Found out now, not when one of the two files is already in place.
+    for path in paths:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+
+
+def _fill_inline(graph: QuantizedGraph, found: list[TensorProto]) -> None:
     pending = {weight.name: weight for weight in graph.integer_weights}
-    for tensor in tensors:
-        if tensor.name in pending:
-            tensor.raw_data = pending[tensor.name].raw_bytes(graph.weights)
-            continue
-        place = external_range(tensor, graph.data_folder)
-        if place is not None:
-            with place.path.open("rb") as source:
-                source.seek(place.offset)
-                tensor.raw_data = source.read(place.n_bytes)
-            _mark_inline(tensor)
+    for tensor in found:
+        is_outside = tensor.data_location == TensorProto.EXTERNAL
+        if is_outside or tensor.name in pending:
+            tensor.raw_data = b"".join(_raw_blocks(graph, tensor, pending))
+        if is_outside:
+            del tensor.external_data[:]
+            tensor.data_location = TensorProto.DEFAULT
 
 
 def _fill_external(
-    graph: QuantizedGraph, tensors: list[TensorProto], file: BinaryIO, location: str
+    graph: QuantizedGraph, found: list[TensorProto], path: Path, location: str
 ) -> None:
     pending = {weight.name: weight for weight in graph.integer_weights}
-    for tensor in tensors:
-        n_bytes = n_bytes_of(tensor)
-        if n_bytes <= _KEEP_INLINE_BYTES and tensor.name not in pending:
-            place = external_range(tensor, graph.data_folder)
-            if place is not None:
-                with place.path.open("rb") as source:
-                    source.seek(place.offset)
-                    tensor.raw_data = source.read(place.n_bytes)
-                _mark_inline(tensor)
-            continue
-        offset = -(-file.tell() // _ALIGNMENT) * _ALIGNMENT
-        file.seek(offset)
-        if tensor.name in pending:
-            file.write(pending[tensor.name].raw_bytes(graph.weights))
-        else:
-            _copy(tensor, graph.data_folder, file)
-        _mark_external(tensor, location, offset, n_bytes)
+    # Shape inference and the runtime read small tensors (shapes, axes) from the graph itself.
+    small = [t for t in found if n_bytes_of(t) <= _KEEP_INLINE_BYTES or t.data_type == _STRING]
+    _fill_inline(graph, small)
+    inline = {id(tensor) for tensor in small}
+    with path.open("wb") as file:
+        for tensor in found:
+            if id(tensor) in inline:
+                continue
+            offset = -(-file.tell() // _ALIGNMENT) * _ALIGNMENT
+            file.seek(offset)
+            for block in _raw_blocks(graph, tensor, pending):
+                file.write(block)
+            _mark_external(tensor, location, offset, file.tell() - offset)
 
 
-def _copy(tensor: TensorProto, folder: Path, file: BinaryIO) -> None:
-    place = external_range(tensor, folder)
+def _raw_blocks(
+    graph: QuantizedGraph, tensor: TensorProto, pending: dict[str, IntegerWeight]
+) -> Iterator[bytes]:
+    if tensor.name in pending:
+        yield from pending[tensor.name].raw_blocks(graph.weights)
+        return
+    place = external_range(tensor, graph.data_folder)
     if place is None:
-        from onnx import numpy_helper
-
-        file.write(tensor.raw_data or numpy_helper.to_array(tensor).tobytes())
+        yield tensor.raw_data or numpy_helper.from_array(numpy_helper.to_array(tensor)).raw_data
         return
     with place.path.open("rb") as source:
         source.seek(place.offset)
         left = place.n_bytes
-        while left:
-            block = source.read(min(left, _BLOCK_BYTES))
-            file.write(block)
+        while left and (block := source.read(min(left, _BLOCK_BYTES))):
+            yield block
             left -= len(block)
-
-
-def _mark_inline(tensor: TensorProto) -> None:
-    del tensor.external_data[:]
-    tensor.data_location = TensorProto.DEFAULT
 
 
 def _mark_external(tensor: TensorProto, location: str, offset: int, n_bytes: int) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 from numpy.typing import NDArray
 
 from qdist.data.checks import InputSpec, check_sample, fixed_batch, stackable
 from qdist.data.shards import stack
 from qdist.data.source import DataSource, Feeds
+from qdist.errors import DataError
 from qdist.evaluate.metrics import Accumulator, find_metric
 from qdist.evaluate.report import EvalReport
 from qdist.model.session import Execution, run, scoring_session
@@ -33,6 +35,9 @@ _ORT_DTYPES = {
     "tensor(int8)": "int8",
     "tensor(uint8)": "uint8",
     "tensor(uint16)": "uint16",
+    "tensor(uint32)": "uint32",
+    "tensor(uint64)": "uint64",
+    "tensor(bfloat16)": "bfloat16",
     "tensor(bool)": "bool",
 }
 
@@ -71,35 +76,48 @@ class Runner:
         self.path = path
         self._session = scoring_session(path, execution)
         self.output_names = [value.name for value in self._session.get_outputs()]
-        self.inputs = tuple(
-            InputSpec(
-                name=value.name,
-                dtype=_ORT_DTYPES.get(value.type, "float32"),
-                shape=tuple(value.shape),
-            )
-            for value in self._session.get_inputs()
-        )
+        self.inputs = session_inputs(self._session)
 
     def run(self, feeds: Feeds) -> Outputs:
         """All outputs, in the graph's order. Raises QD205."""
         return run(self._session, self.output_names, feeds)
 
 
-def batches(source: DataSource, inputs: tuple[InputSpec, ...], size: int) -> Iterator[EvalBatch]:
+def session_inputs(session: ort.InferenceSession) -> tuple[InputSpec, ...]:
+    """The inputs of a loaded model as the data checks want them."""
+    return tuple(
+        InputSpec(
+            name=value.name,
+            dtype=_ORT_DTYPES.get(value.type, "float32"),
+            shape=tuple(value.shape),
+        )
+        for value in session.get_inputs()
+    )
+
+
+def batches(
+    source: DataSource,
+    inputs: tuple[InputSpec, ...],
+    size: int,
+    *,
+    n_samples: int | None = None,
+) -> Iterator[EvalBatch]:
     """The data set in order, in runs of up to ``size`` consecutive samples of equal shapes.
 
-    Raises `DataError`.
+    ``n_samples``: stop after so many, or at the end of that run where the model's batch is fixed.
+    Raises `DataError`, QD303 also where a model of fixed batch is left with too few.
     """
     held: list[tuple[str, Feeds]] = []
-    limit = fixed_batch(inputs) or size
-    for key in source.keys():  # noqa: SIM118  (a method of the protocol, not a mapping)
+    for i, key in enumerate(source.keys()):
+        if n_samples is not None and i >= n_samples and not (held and fixed_batch(inputs)):
+            break
         feeds = source.load(key)
         check_sample(key, feeds, inputs)
         if held and not _alike(held[0][1], feeds):
             yield _joined(held, source, inputs)
             held = []
         held.append((key, feeds))
-        if len(held) == (limit if stackable(feeds, inputs) else 1):
+        if len(held) == (fixed_batch(inputs) or size if stackable(feeds, inputs) else 1):
             yield _joined(held, source, inputs)
             held = []
     if held:
@@ -161,12 +179,38 @@ def _alike(a: Feeds, b: Feeds) -> bool:
 def _joined(
     held: list[tuple[str, Feeds]], source: DataSource, inputs: tuple[InputSpec, ...]
 ) -> EvalBatch:
+    keys = tuple(key for key, _ in held)
     feeds = [sample for _, sample in held]
-    labels = [source.label(key) for key, _ in held]
-    present = [label for label in labels if label is not None]
     stacked = stackable(feeds[0], inputs)
+    needed = fixed_batch(inputs) if stacked else None
+    if needed is not None and len(held) != needed:
+        raise DataError(
+            "QD303",
+            where=f"samples {keys[0]} to {keys[-1]}",
+            got=f"{len(held)} samples left for a run",
+            expected=f"{needed}, the model's fixed batch",
+            mend=f"use a number of samples that {needed} divides, or export a dynamic batch axis",
+        )
     return EvalBatch(
-        keys=tuple(key for key, _ in held),
+        keys=keys,
         feeds=stack(feeds) if stacked else feeds[0],
-        labels=np.stack(present) if len(present) == len(held) else None,
+        labels=_joined_labels(keys, [source.label(key) for key in keys]),
     )
+
+
+def _joined_labels(
+    keys: tuple[str, ...], labels: list[NDArray[np.int64] | None]
+) -> NDArray[np.int64] | None:
+    present = [label for label in labels if label is not None]
+    if len(present) != len(keys):
+        return None
+    shapes = {label.shape for label in present}
+    if len(shapes) > 1:
+        raise DataError(
+            "QD308",
+            where=f"samples {keys[0]} to {keys[-1]}",
+            got="labels of shapes " + " and ".join(str(list(shape)) for shape in sorted(shapes)),
+            expected="labels of one shape for samples of one shape",
+            mend="pad the labels to one shape, or set evaluation.batch=1",
+        )
+    return np.stack(present)

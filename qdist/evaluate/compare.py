@@ -17,9 +17,10 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from qdist.data.source import DataSource
+from qdist.data.checks import InputSpec
+from qdist.data.source import DataSource, Feeds
 from qdist.emit.writer import write_model
-from qdist.evaluate.builtin import Runner, batches
+from qdist.evaluate.builtin import batches, session_inputs
 from qdist.model.freeze import FrozenModel
 from qdist.model.session import Execution, run, scoring_session
 from qdist.plan.target import ProjectedPlan
@@ -59,21 +60,39 @@ class LayerComparison:
     alone: Deviation
     in_place: Deviation
 
+    def to_json(self) -> dict[str, float | str]:
+        """As a flat JSON object: every measure twice."""
+        return {
+            "layer": self.name,
+            "op_type": self.op_type,
+            "precision": self.precision,
+            **{f"in_place_{k}": v for k, v in self.in_place.to_json().items()},
+            **{f"alone_{k}": v for k, v in self.alone.to_json().items()},
+        }
+
 
 class Sums:
-    """Running sums of one tensor pair, in float64. Adding batches in one order gives one result."""
+    """Running sums of one tensor pair, in float64. Adding batches in one order gives one result.
+
+    Values that are infinite or NaN in the float model are left out; one that is so only in the
+    quantized model makes the deviation infinite.
+    """
 
     def __init__(self) -> None:
         self._ff = self._qq = self._fq = self._square = self._absolute = 0.0
         self._n = 0
+        self._is_broken = False
 
     def add(self, expected: NDArray[Any], found: NDArray[Any]) -> None:
         """Add the float tensor and the quantized one, of equal shape."""
         f = expected.astype(np.float64, copy=False).ravel()
         q = found.astype(np.float64, copy=False).ravel()
-        finite = np.isfinite(f) & np.isfinite(q)
+        finite = np.isfinite(f)
         if not finite.all():
             f, q = f[finite], q[finite]
+        if not np.isfinite(q).all():
+            self._is_broken = True
+            return
         self._ff += float(f @ f)
         self._qq += float(q @ q)
         self._fq += float(f @ q)
@@ -84,6 +103,9 @@ class Sums:
 
     def deviation(self) -> Deviation:
         """What the sums come to; perfect agreement when nothing was added."""
+        if self._is_broken:
+            inf = float("inf")
+            return Deviation(cosine=0.0, relative_l2=inf, mse=inf, mae=inf, sqnr_db=-inf)
         if self._n == 0 or self._square == 0.0:
             return Deviation(cosine=1.0, relative_l2=0.0, mse=0.0, mae=0.0, sqnr_db=float("inf"))
         norms = np.sqrt(self._ff) * np.sqrt(self._qq)
@@ -108,31 +130,25 @@ def compare_layers(
 ) -> tuple[LayerComparison, ...]:
     """Every quantized layer, the worst in place first.
 
-    ``n_samples``: the first so many of ``source``. Raises `DataError`, QD205, QD206.
+    ``n_samples``: the first so many of ``source``; up to whole runs where the model's batch is
+    fixed. Raises `DataError`, QD205, QD206.
     """
     alone = _alone(frozen, projected, source, execution, batch, n_samples)
     in_place = _in_place(frozen, projected, source, execution, batch, n_samples)
+    first_outputs = _first_outputs(frozen, projected)
     rows = [
         LayerComparison(
             name=layer.name,
             op_type=layer.op_type,
             precision=layer.choice.precision,
-            tensor=tensor,
+            tensor=first_outputs[layer.name],
             alone=alone[layer.name].deviation(),
             in_place=in_place[layer.name].deviation(),
         )
         for layer in projected.plan.layers
-        if layer.name in alone and (tensor := alone_tensor(projected, frozen, layer.name))
+        if layer.is_quantized
     ]
     return tuple(sorted(rows, key=lambda row: row.in_place.sqnr_db))
-
-
-def alone_tensor(projected: ProjectedPlan, frozen: FrozenModel, layer: str) -> str:
-    """The first output of a layer."""
-    for node in frozen.proto().graph.node:
-        if node.name == layer:
-            return str(node.output[0])
-    raise KeyError(layer)
 
 
 def sensitivity(
@@ -162,10 +178,10 @@ def _alone(
     if not sums:
         return sums
     names = [t for out in twins.outputs.values() for t in (out, out + SUFFIX)]
-    inputs = Runner(frozen.source, execution).inputs
     with TemporaryDirectory(prefix="qdist-twins-") as folder:
         path = write_model(twins.graph, Path(folder) / "twins.onnx").path
         session = scoring_session(path, execution)
+        inputs = session_inputs(session)
         for entry in _first(source, inputs, batch, n_samples):
             values = dict(zip(names, run(session, names, entry), strict=True))
             for layer, out in twins.outputs.items():
@@ -181,15 +197,11 @@ def _in_place(
     batch: int,
     n_samples: int | None,
 ) -> dict[str, Sums]:
-    wanted = {layer.name for layer in projected.plan.layers if layer.is_quantized}
-    outputs = {
-        node.name: node.output[0] for node in frozen.proto().graph.node if node.name in wanted
-    }
+    outputs = _first_outputs(frozen, projected)
     names = list(outputs.values())
     sums = {name: Sums() for name in outputs}
     if not names:
         return sums
-    inputs = Runner(frozen.source, execution).inputs
     with TemporaryDirectory(prefix="qdist-compare-") as folder:
         quantized = assemble(frozen, projected)
         _set_outputs(quantized.proto, names)
@@ -200,6 +212,7 @@ def _in_place(
             expected_proto.SerializeToString(), execution, frozen.data_folder
         )
         found = scoring_session(path, execution)
+        inputs = session_inputs(expected)
         for feeds in _first(source, inputs, batch, n_samples):
             pairs = zip(run(expected, names, feeds), run(found, names, feeds), strict=True)
             for layer, (f, q) in zip(outputs, pairs, strict=True):
@@ -207,15 +220,17 @@ def _in_place(
     return sums
 
 
+def _first_outputs(frozen: FrozenModel, projected: ProjectedPlan) -> dict[str, str]:
+    """Quantized layer -> its first output, in the order of the graph."""
+    wanted = {layer.name for layer in projected.plan.layers if layer.is_quantized}
+    return {n.name: str(n.output[0]) for n in frozen.proto().graph.node if n.name in wanted}
+
+
 def _first(
-    source: DataSource, inputs: Any, size: int, n_samples: int | None
-) -> Iterator[dict[str, NDArray[Any]]]:
-    done = 0
-    for entry in batches(source, inputs, size):
+    source: DataSource, inputs: tuple[InputSpec, ...], size: int, n_samples: int | None
+) -> Iterator[Feeds]:
+    for entry in batches(source, inputs, size, n_samples=n_samples):
         yield entry.feeds
-        done += len(entry.keys)
-        if n_samples is not None and done >= n_samples:
-            return
 
 
 def _set_outputs(proto: onnx.ModelProto, names: list[str]) -> None:

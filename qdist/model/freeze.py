@@ -125,11 +125,41 @@ def frozen_difference(
     return worst
 
 
+def opset_difference(
+    frozen: FrozenModel, opset: int, feeds: dict[str, NDArray[Any]], execution: Execution
+) -> float:
+    """Relative L2 difference that raising the frozen graph to ``opset`` makes; 0 is bit-equal.
+
+    Raises QD206 when it cannot be raised, QD207 above `TOLERANCE`.
+    """
+    if rewrite.opset_of(frozen.proto()) >= opset:
+        return 0.0
+    raised = raise_opset(frozen.proto(), opset).SerializeToString()
+    before = measuring_session(frozen.graph_bytes, frozen.data_folder, execution)
+    names = [output.name for output in before.get_outputs()]
+    expected = run(before, names, feeds)
+    del before
+    found = run(measuring_session(raised, frozen.data_folder, execution), names, feeds)
+    worst = max(_relative_l2(e, f) for e, f in zip(expected, found, strict=True))
+    if not worst <= TOLERANCE:
+        raise ModelError(
+            "QD207",
+            where=f"{frozen.source} at opset {opset}",
+            got=f"a relative difference of {worst:.3g}",
+            expected=f"at most {TOLERANCE:g}",
+            mend=f"export the model at opset {opset}",
+        )
+    return worst
+
+
 def _relative_l2(expected: NDArray[Any], found: NDArray[Any]) -> float:
     if expected.shape != found.shape:
         return float("inf")
     if np.array_equal(expected, found, equal_nan=expected.dtype.kind == "f"):
         return 0.0
-    e, f = expected.astype(np.float64), found.astype(np.float64)
-    scale = float(np.linalg.norm(e.ravel())) or 1.0
-    return float(np.linalg.norm((e - f).ravel())) / scale
+    e, f = expected.astype(np.float64).ravel(), found.astype(np.float64).ravel()
+    same = (e == f) | (np.isnan(e) & np.isnan(f))
+    off = e[~same] - f[~same]
+    if not np.isfinite(off).all():
+        return float("inf")
+    return float(np.linalg.norm(off)) / (float(np.linalg.norm(e[np.isfinite(e)])) or 1.0)

@@ -11,6 +11,7 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from qdist.errors import ModelError
+from qdist.model.rewrite import tensors
 from qdist.model.weights import external_range
 
 _BLOCK_BYTES = 1 << 24
@@ -58,11 +59,11 @@ def load_model(
             expected="an ONNX file",
             mend="give the path of the .onnx file with model.path=FILE",
         )
-    graph_bytes = path.read_bytes()
+    graph_bytes = _read(path)
     proto = _parse(path, graph_bytes)
     total = len(graph_bytes)
     ranges = []
-    for tensor in proto.graph.initializer:
+    for tensor in tensors(proto):
         place = external_range(tensor, path.parent)
         if place is not None:
             ranges.append(place)
@@ -73,14 +74,26 @@ def load_model(
         with place.path.open("rb") as file:
             file.seek(place.offset)
             left = place.n_bytes
-            while left:
-                block = file.read(min(left, _BLOCK_BYTES))
+            while left and (block := file.read(min(left, _BLOCK_BYTES))):
                 h.update(block)
                 left -= len(block)
                 done += len(block)
                 if on_progress is not None:
                     on_progress(done, total)
     return ModelFile(path=path, graph_bytes=graph_bytes, digest=h.hexdigest(), n_bytes=total)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ModelError(
+            "QD201",
+            where=str(path),
+            got=error.strerror or str(error),
+            expected="an ONNX file that this user can read",
+            mend="change its permissions, or copy it to another place",
+        ) from error
 
 
 def _parse(path: Path, data: bytes) -> onnx.ModelProto:

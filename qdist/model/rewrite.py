@@ -12,10 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import (
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    SparseTensorProto,
+    TensorProto,
+    helper,
+    numpy_helper,
+)
 
 from qdist.errors import ModelError
-from qdist.model.session import Execution, measuring_session
+from qdist.model.session import Execution, measuring_session, run
 from qdist.model.weights import Weights, n_bytes_of
 
 _NOT_FOLDABLE = frozenset(
@@ -29,10 +37,17 @@ _NOT_FOLDABLE = frozenset(
         "Bernoulli",
         "Multinomial",
         "Constant",
+        # What these make are no tensors, and an initializer has to be one.
+        "Optional",
+        "SequenceConstruct",
+        "SequenceInsert",
+        "SplitToSequence",
     }
 )
 FOLD_LIMIT_BYTES = 64 << 20
 """External weights larger than this are not copied into the graph by constant folding."""
+FOLD_TOTAL_BYTES = 512 << 20
+"""Nor are those beyond this together: one protobuf holds 2 GiB."""
 
 
 def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
@@ -53,6 +68,30 @@ def names_read(node: NodeProto) -> Iterator[str]:
         yield from (output.name for output in body.output)
 
 
+def tensors(model: ModelProto) -> Iterator[TensorProto]:
+    """Every tensor that may lie in an external file: those of the main graph first, then those in
+    attributes, in the bodies of control flow and in local functions."""
+    yield from _graph_tensors(model.graph)
+    for function in model.functions:
+        for node in function.node:
+            yield from _node_tensors(node)
+
+
+def _graph_tensors(graph: GraphProto) -> Iterator[TensorProto]:
+    yield from graph.initializer
+    for node in graph.node:
+        yield from _node_tensors(node)
+
+
+def _node_tensors(node: NodeProto) -> Iterator[TensorProto]:
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.TENSOR:
+            yield attribute.t
+        yield from attribute.tensors
+    for body in subgraphs(node):
+        yield from _graph_tensors(body)
+
+
 def drop_initializer_inputs(model: ModelProto) -> None:
     """Initializers that are graph inputs too (IR version 3) become plain constants."""
     constant = {tensor.name for tensor in model.graph.initializer}
@@ -63,7 +102,10 @@ def drop_initializer_inputs(model: ModelProto) -> None:
 
 
 def constants_to_initializers(model: ModelProto) -> None:
-    """``Constant`` nodes of the main graph become initializers."""
+    """``Constant`` nodes and sparse initializers of the main graph become initializers."""
+    for sparse in model.graph.sparse_initializer:
+        model.graph.initializer.append(_dense(sparse, sparse.values.name))
+    del model.graph.sparse_initializer[:]
     kept = []
     for node in model.graph.node:
         tensor = _constant_value(node) if node.op_type == "Constant" else None
@@ -98,14 +140,16 @@ def fold_constants(model: ModelProto, folder: Path, execution: Execution) -> str
     heavy = {name for name in external if constant[name] > FOLD_LIMIT_BYTES}
     foldable: list[NodeProto] = []
     known = set(constant)
-    n_heavy = 0
+    n_heavy = n_copied = 0
     for node in model.graph.node:
         reads = list(names_read(node))
         if node.op_type in _NOT_FOLDABLE or not reads or not all(name in known for name in reads):
             continue
-        if any(name in heavy for name in reads):
+        n_bytes = sum(constant[name] for name in set(reads) & external)
+        if any(name in heavy for name in reads) or n_copied + n_bytes > FOLD_TOTAL_BYTES:
             n_heavy += 1
             continue
+        n_copied += n_bytes
         foldable.append(node)
         known.update(name for name in node.output if name)
     note = f"{n_heavy} constant operators on large external weights stay in the graph"
@@ -132,7 +176,7 @@ def _replace_by_values(
         part.graph.initializer.extend(t for t in model.graph.initializer if t.name in needed)
         part.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
         session = measuring_session(part.SerializeToString(), folder, execution)
-        values = session.run(outputs, {})
+        values = run(session, outputs, {})
         for name, value in zip(outputs, values, strict=True):
             model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
     _set_nodes(model, [node for node in model.graph.node if id(node) not in folded])
@@ -163,14 +207,14 @@ def fold_batch_normalization(model: ModelProto, weights: Weights) -> int:
     maker = {name: node for node in model.graph.node for name in node.output}
     gone: set[int] = set()
     for node in model.graph.node:
-        if node.op_type != "BatchNormalization" or sum(1 for name in node.output if name) > 1:
+        if node.op_type != "BatchNormalization" or _uses_batch_statistics(node):
             continue
         source = maker.get(node.input[0])
         if source is None or readers[node.input[0]] != 1:
             continue
         axis = _out_channel_axis(source)
         parameters = [*source.input[1:], *node.input[1:5]]
-        if axis is None or not all(name in weights for name in parameters):
+        if axis is None or not all(name in weights for name in parameters if name):
             continue
         _scale_into(model, source, node, weights, axis)
         source.output[0] = node.output[0]
@@ -242,7 +286,25 @@ def _constant_value(node: NodeProto) -> TensorProto | None:
             return numpy_helper.from_array(np.int64(attribute.i))
         if attribute.name == "value_ints":
             return numpy_helper.from_array(np.array(attribute.ints, np.int64))
+        if attribute.name == "value_string":
+            return helper.make_tensor("", TensorProto.STRING, [], [attribute.s])
+        if attribute.name == "value_strings":
+            shape = [len(attribute.strings)]
+            return helper.make_tensor("", TensorProto.STRING, shape, list(attribute.strings))
+        if attribute.name == "sparse_value":
+            return _dense(attribute.sparse_tensor, "")
     return None
+
+
+def _dense(sparse: SparseTensorProto, name: str) -> TensorProto:
+    values = numpy_helper.to_array(sparse.values)
+    indices = numpy_helper.to_array(sparse.indices)
+    dense = np.zeros(tuple(sparse.dims), values.dtype)
+    if indices.ndim == 2:
+        dense[tuple(indices.T)] = values
+    else:
+        dense.reshape(-1)[indices] = values
+    return numpy_helper.from_array(dense, name)
 
 
 def _is_identity(node: NodeProto, constant: dict[str, TensorProto]) -> bool:
@@ -254,6 +316,11 @@ def _is_identity(node: NodeProto, constant: dict[str, TensorProto]) -> bool:
         return True
     training = constant.get(node.input[2])
     return training is not None and not bool(numpy_helper.to_array(training))
+
+
+def _uses_batch_statistics(norm: NodeProto) -> bool:
+    training = any(a.name == "training_mode" and a.i for a in norm.attribute)
+    return training or sum(1 for name in norm.output if name) > 1
 
 
 def _out_channel_axis(node: NodeProto) -> int | None:

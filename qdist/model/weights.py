@@ -58,7 +58,7 @@ def external_range(tensor: TensorProto, folder: Path | None) -> ExternalRange | 
             expected=f"{n_bytes_of(tensor)} bytes at offset {offset}",
             mend="copy or export the model's data file again; it is truncated",
         )
-    return ExternalRange(path=path, offset=offset, n_bytes=n_bytes)
+    return ExternalRange(path=path, offset=offset, n_bytes=n_bytes_of(tensor))
 
 
 class Weights:

@@ -43,7 +43,8 @@ class QuantizedInput:
 class LayerPlan:
     """One layer: what was chosen, the numbers, and why an input stays float.
 
-    ``why``: where the choice comes from. ``left_float``: input tensor -> reason.
+    ``why``: where the choice comes from. ``left_float``: input tensor -> reason. ``fused_with``:
+    the layer that it is computed together with, whose choice holds for both.
     """
 
     name: str
@@ -53,6 +54,7 @@ class LayerPlan:
     weights: tuple[QuantizedInput, ...]
     why: str
     left_float: dict[str, str] = field(default_factory=dict)
+    fused_with: str | None = None
 
     @property
     def is_quantized(self) -> bool:
@@ -69,6 +71,7 @@ class LayerPlan:
             "weights": [entry.to_json() for entry in self.weights],
             "why": self.why,
             "left_float": self.left_float,
+            "fused_with": self.fused_with,
         }
 
     @classmethod
@@ -82,6 +85,7 @@ class LayerPlan:
             weights=tuple(QuantizedInput.from_json(v) for v in value["weights"]),
             why=value["why"],
             left_float=dict(value["left_float"]),
+            fused_with=value["fused_with"],
         )
 
 
@@ -110,9 +114,12 @@ class QuantizationPlan:
         return max(used, default=13)
 
     def counts(self) -> Counter[str]:
-        """How many layers have each precision; ``float32`` counts what stays float."""
+        """How many layers have each precision; ``float32`` counts what stays float. A fused layer
+        counts with the one that it is computed with."""
         return Counter(
-            layer.choice.precision if layer.is_quantized else "float32" for layer in self.layers
+            layer.choice.precision if layer.is_quantized else "float32"
+            for layer in self.layers
+            if layer.fused_with is None
         )
 
     def coverage(self) -> Coverage:

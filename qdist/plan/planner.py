@@ -53,9 +53,9 @@ class Planner:
         self.layers: tuple[Layer, ...] = find_layers(graph)
         self.fused = find_fusions(graph, self.layers)
         self._record = record
-        self._taps = taps
-        self._settings = settings or PlanSettings()
-        self._left_out = left_out(self.layers, self._settings.scope)
+        self.taps = taps
+        self.settings = settings or PlanSettings()
+        self._left_out = left_out(self.layers, self.settings.scope)
         self._activations: dict[tuple[str, int, str], Quantizer | str] = {}
         self._weights: dict[tuple[Any, ...], Quantizer | str] = {}
 
@@ -122,13 +122,14 @@ class Planner:
             weights=tuple(weights),
             why=why,
             left_float=left,
+            fused_with=self.fused.get(layer.name),
         )
 
     def _activation(self, tensor: str, choice: LayerChoice) -> Quantizer | str:
         bits = choice.bits.activation_bits
         if bits is None:
             return f"precision {choice.precision}"
-        row = self._taps.row_of(tensor)
+        row = self.taps.row_of(tensor)
         key = (row, bits, choice.saturation)
         if key not in self._activations:
             self._activations[key] = self._find_activation(row, bits, choice.saturation)
@@ -154,8 +155,8 @@ class Planner:
             return f"holds {n} values that mean masked, not magnitudes"
         if split.body.is_empty:
             return "never held a value in calibration"
-        levels = activation_levels(bits, symmetric=self._settings.symmetric)
-        threshold = find_threshold(split.body, levels, method, self._settings.saturation_parameters)
+        levels = activation_levels(bits, symmetric=self.settings.symmetric)
+        threshold = find_threshold(split.body, levels, method, self.settings.saturation_parameters)
         scale, zero = scale_and_zero(threshold.low, threshold.high, levels)
         return Quantizer(
             bits=bits,

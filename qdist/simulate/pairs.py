@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from qdist.plan.quantizer import Quantizer
 
 _ONNX_TYPES = {4: TensorProto.INT4, 8: TensorProto.INT8, 16: TensorProto.INT16}
 _NUMPY_TYPES = {8: np.int8, 16: np.int16}
+_BLOCK_ELEMENTS = 1 << 22
+"""Weight values that are quantized at a time; each takes some 20 bytes meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,9 +30,41 @@ class IntegerWeight:
     source: str
     quantizer: Quantizer
 
-    def raw_bytes(self, weights: Weights) -> bytes:
-        """The little-endian raw data of the integer tensor."""
-        return pack(self.quantizer.quantize(weights.read(self.source)), self.quantizer.bits)
+    def raw_blocks(self, weights: Weights) -> Iterator[bytes]:
+        """The little-endian raw data of the integer tensor, piece by piece."""
+        values = weights.read(self.source)
+        for block, quantizer in _blocks(values, self.quantizer):
+            yield pack(quantizer.quantize(block), quantizer.bits)
+
+
+def _blocks(values: NDArray[Any], quantizer: Quantizer) -> Iterator[tuple[NDArray[Any], Quantizer]]:
+    """Consecutive pieces of a tensor, each with its quantizer.
+
+    All but the last have an even number of elements, so that 4-bit pairs do not straddle pieces.
+    """
+    if quantizer.axis is None:
+        flat = values.reshape(-1)
+        for i in range(0, max(1, flat.size), _BLOCK_ELEMENTS):
+            yield flat[i : i + _BLOCK_ELEMENTS], quantizer
+        return
+    shape, axis = values.shape, quantizer.axis
+    n_channels, n_inner = shape[axis], int(np.prod(shape[axis + 1 :], dtype=np.int64))
+    cube = values.reshape(int(np.prod(shape[:axis], dtype=np.int64)), n_channels, n_inner)
+    if len(cube) > 1:
+        step = _even_step(n_channels * n_inner)
+        for i in range(0, len(cube), step):
+            yield cube[i : i + step], replace(quantizer, axis=1)
+        return
+    step = _even_step(n_inner)
+    for i in range(0, n_channels, step):
+        part = slice(i, i + step)
+        scales, zeros = quantizer.scales[part], quantizer.zero_points[part]
+        yield cube[:, part], replace(quantizer, axis=1, scales=scales, zero_points=zeros)
+
+
+def _even_step(n_elements: int) -> int:
+    """How many slices of so many elements make a block."""
+    return max(2, _BLOCK_ELEMENTS // max(1, n_elements) // 2 * 2)
 
 
 def pack(integers: NDArray[np.int32], bits: int) -> bytes:

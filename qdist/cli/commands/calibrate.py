@@ -1,0 +1,55 @@
+"""``qdist calibrate``."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from qdist.cli.commands import steps
+from qdist.cli.context import Context
+from qdist.cli.schema import CalibrateSettings
+from qdist.model.graph import Graph
+
+
+def run(context: Context[CalibrateSettings]) -> None:
+    """Measure, merge, and say what was measured."""
+    context.make_folder()
+    settings = context.settings
+    frozen = context.frozen_model()
+    graph = Graph(frozen, context.execution)
+    job, store, merged = steps.calibrate(context, frozen, graph, settings)
+    steps.save_config(context, context.config)
+    n_values = int(merged.record.counts.sum())
+    with context.tracked(
+        params={
+            "micro_batch": job.identity.micro_batch,
+            "shard_samples": settings.calibration.shard_samples,
+            "taps": settings.calibration.taps,
+            "workers": settings.cluster.workers,
+        },
+        model_digest=frozen.digest,
+        data_digest=job.manifest.digest,
+    ) as tracked:
+        tracked.log_metrics(
+            {
+                "samples": len(job.manifest),
+                "tensors": len(job.taps.points),
+                "values": n_values,
+                "shards": merged.n_shards,
+                "seconds": context.seconds,
+            }
+        )
+        tracked.log_json(list(merged.notes), "notes.json")
+    table = Table(title=f"Calibration of {settings.model.name}", show_header=False)
+    for label, value in (
+        ("samples", f"{len(job.manifest)}"),
+        ("tensors measured", f"{len(job.taps.points)} ({len(job.taps.aliases)} more share them)"),
+        ("values counted", f"{n_values:,}"),
+        ("statistics", merged.record.digest[:16]),
+        ("store", str(store.path)),
+        ("seconds", f"{context.seconds:.1f}"),
+    ):
+        table.add_row(label, value)
+    context.console.print(table)
+    if job.taps.untapped:
+        context.notes([f"{len(job.taps.untapped)} tensors in bodies of If or Loop not measured"])
+    context.say(f"next: qdist quantize model.path={frozen.source} store.path={store.path}")

@@ -1,0 +1,42 @@
+"""``qdist emit``."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from qdist.cli import domain
+from qdist.cli.commands import steps
+from qdist.cli.context import Context
+from qdist.cli.schema import EmitSettings
+from qdist.emit.qdq import emit_qdq
+from qdist.plan.plan import load_plan
+
+
+def run(context: Context[EmitSettings]) -> None:
+    """Write the artifact of a plan, also of one edited by hand or found by a search."""
+    settings = context.settings
+    target = domain.target(settings.target)
+    frozen = context.frozen_model()
+    plan = load_plan(domain.absolute(settings.plan), frozen.digest)
+    projected = target.project(plan)
+    path = domain.absolute(settings.artifact)
+    with context.console.status("writing the quantized model"):
+        artifact = emit_qdq(frozen, projected, path, execution=context.execution)
+    with context.tracked(
+        params={"target": target.name, "plan": settings.plan}, model_digest=frozen.digest
+    ) as tracked:
+        tracked.log_metrics({"artifact_bytes": artifact.n_bytes, "seconds": context.seconds})
+        tracked.set_tags({"qdist.plan_digest": projected.plan.digest})
+        tracked.log_artifact(artifact.path, best=True)
+        if artifact.data_path is not None:
+            tracked.log_artifact(artifact.data_path, best=True)
+    table = Table(title=f"Artifact for {target.name}", show_header=False)
+    for label, value in (
+        ("artifact", str(artifact.path)),
+        ("size", f"{artifact.n_bytes / 1e6:.2f} MB"),
+        ("opset", str(artifact.opset)),
+        ("plan", projected.plan.digest[:16]),
+    ):
+        table.add_row(label, value)
+    context.console.print(table)
+    context.notes([*projected.plan.notes, *steps.plan_notes(projected.plan)])

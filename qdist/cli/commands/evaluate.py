@@ -1,0 +1,71 @@
+"""``qdist evaluate``."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from rich.table import Table
+
+from qdist.cli import domain
+from qdist.cli.commands import steps
+from qdist.cli.context import Context
+from qdist.cli.schema import EvaluateSettings
+from qdist.errors import ArtifactError
+from qdist.evaluate.report import EvalReport
+from qdist.evaluate.scorer import Scorer
+from qdist.files import write_json
+from qdist.model.loading import load_model
+
+
+def run(context: Context[EvaluateSettings]) -> None:
+    """Score the float model, then the artifact, with the same evaluation."""
+    settings = context.settings
+    evaluation = domain.evaluation(settings.evaluation, settings.data)
+    artifact = domain.absolute(settings.artifact)
+    if not artifact.is_file():
+        raise ArtifactError(
+            "QD604",
+            where=str(artifact),
+            got="no such file",
+            expected="a quantized model",
+            mend="run qdist quantize first, or give the file with artifact=FILE",
+        )
+    folder = context.make_folder()
+    model = load_model(domain.absolute(settings.model.path))
+    scorer = Scorer(
+        evaluation=evaluation,
+        float_model=model.path,
+        scratch=folder / "scratch",
+        execution=context.execution,
+        **domain.scorer_options(settings.evaluation),  # type: ignore[arg-type]
+    )
+    with context.console.status("scoring the float model"):
+        before = scorer.score(model.path)
+    with context.console.status("scoring the quantized model"):
+        after = scorer.score(artifact)
+    write_json(
+        folder / "evaluation.json", {"float": before.to_json(), "quantized": after.to_json()}
+    )
+    steps.save_config(context, context.config)
+    with context.tracked(
+        params={"metric": after.metric, "artifact": str(artifact)}, model_digest=model.digest
+    ) as tracked:
+        tracked.log_metrics({"score": after.score, "float_score": before.score, **after.metrics})
+    context.console.print(_table(settings.model.name, before, after, artifact))
+
+
+def _table(name: str, before: EvalReport, after: EvalReport, artifact: Path) -> Table:
+    table = Table(title=f"Evaluation of {name}, artifact-exact")
+    table.add_column("metric")
+    table.add_column("float", justify="right")
+    table.add_column("quantized", justify="right")
+    for metric in after.metrics:
+        values = (before.metrics.get(metric, math.nan), after.metrics[metric])
+        beside = metric != after.metric and metric in ("agreement", "sqnr_db", "cosine")
+        table.add_row(metric, "" if beside else f"{values[0]:.4f}", f"{values[1]:.4f}")
+    if after.n_samples is not None:
+        table.add_row("samples", str(before.n_samples), str(after.n_samples))
+    table.add_row("seconds", f"{before.seconds:.2f}", f"{after.seconds:.2f}")
+    table.caption = str(artifact)
+    return table

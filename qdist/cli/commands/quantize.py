@@ -1,0 +1,71 @@
+"""``qdist quantize``."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from qdist.cli import domain
+from qdist.cli.commands import steps
+from qdist.cli.context import Context
+from qdist.cli.schema import QuantizeSettings
+from qdist.emit.qdq import emit_qdq
+from qdist.model.graph import Graph
+from qdist.plan.planner import Planner
+from qdist.plan.target import Target
+
+ARTIFACT = "model.onnx"
+PLAN = "plan.json"
+
+
+def run(context: Context[QuantizeSettings]) -> None:
+    """Plan from the stored statistics, and write the artifact. The float model does not run."""
+    settings = context.settings
+    # Refuse wrong settings before anything slow.
+    target: Target = domain.target(settings.target)
+    domain.default_choice(settings.quantization)
+    folder = context.make_folder()
+    frozen = context.frozen_model()
+    store, record = steps.open_statistics(frozen, domain.absolute(settings.store.path))
+    planner = Planner(
+        Graph(frozen, context.execution),
+        record,
+        store.taps,
+        domain.plan_settings(settings.quantization),
+    )
+    choices, why = steps.make_choices(planner, settings.quantization)
+    projected = target.project(planner.plan(choices, why))
+    with context.console.status("writing the quantized model"):
+        artifact = emit_qdq(frozen, projected, folder / ARTIFACT, execution=context.execution)
+    plan_path = projected.plan.save(folder / PLAN)
+    steps.save_config(context, context.config)
+    with context.tracked(
+        params={
+            "precision": settings.quantization.precision,
+            "saturation": settings.quantization.saturation,
+            "granularity": settings.quantization.granularity,
+            "symmetric": settings.quantization.symmetric,
+            "target": target.name,
+        },
+        model_digest=frozen.digest,
+    ) as tracked:
+        counts = projected.plan.counts()
+        tracked.log_metrics({"artifact_bytes": artifact.n_bytes, "seconds": context.seconds})
+        tracked.set_tags({"qdist.plan_digest": projected.plan.digest})
+        tracked.log_artifact(plan_path)
+        tracked.log_artifact(artifact.path, best=True)
+        if artifact.data_path is not None:
+            tracked.log_artifact(artifact.data_path, best=True)
+    table = Table(title=f"Quantized {settings.model.name}", show_header=False)
+    share = artifact.n_bytes / max(1, frozen.n_source_bytes)
+    for label, value in (
+        ("layers", ", ".join(f"{n} {name}" for name, n in counts.most_common())),
+        ("quantized", str(projected.plan.coverage())),
+        ("size", f"{artifact.n_bytes / 1e6:.2f} MB, {share:.0%} of the float model"),
+        ("opset", str(artifact.opset)),
+        ("artifact", str(artifact.path)),
+        ("plan", str(plan_path)),
+        ("seconds", f"{context.seconds:.1f}"),
+    ):
+        table.add_row(label, value)
+    context.console.print(table)
+    context.notes([*projected.plan.notes, *steps.plan_notes(projected.plan)])

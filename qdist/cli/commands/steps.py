@@ -1,0 +1,140 @@
+"""Steps that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qdist.calibration import CalibrationJob, Merged, first_feeds, input_specs, prepare
+from qdist.cli import domain, schema
+from qdist.cli.context import Context
+from qdist.cli.progress import bar
+from qdist.data.source import DataSource
+from qdist.errors import ModelError, StoreError
+from qdist.files import write_json
+from qdist.model.freeze import FrozenModel, frozen_difference, opset_difference
+from qdist.model.graph import Graph
+from qdist.plan.choice import LayerChoice
+from qdist.plan.plan import QuantizationPlan
+from qdist.plan.planner import Planner
+from qdist.plan.rules import apply_rules
+from qdist.stats.record import CalibrationRecord
+from qdist.store.zarr_store import ZarrStore
+
+HIGH_OPSET = 21
+"""What 4- and 16-bit Q/DQ need."""
+
+
+def calibrate(
+    context: Context[Any],
+    frozen: FrozenModel,
+    graph: Graph,
+    config: schema.CalibrateSettings | schema.TuneSettings,
+) -> tuple[CalibrationJob, ZarrStore, Merged]:
+    """Measure what the store lacks, over the pool, with progress."""
+    from actors.calibrate import CalibrationProgress
+    from actors.calibrate import calibrate as run_pool
+
+    source = domain.source(config.data.calibration)
+    with bar(context.console, "naming samples", "samples") as naming:
+        job = prepare(
+            frozen,
+            source,
+            domain.calibration(config.calibration),
+            context.execution,
+            graph=graph,
+            on_progress=lambda done, total: naming.update(done, total),
+        )
+    store = ZarrStore.create(domain.absolute(config.store.path), job.identity, job.taps)
+    context.notes(check_freezing(frozen, graph, source, context))
+    with bar(context.console, "calibrating", "samples") as measuring:
+        started = False
+
+        def show(progress: CalibrationProgress) -> None:
+            nonlocal started
+            if progress.n_workers and not started:
+                started = True
+                measuring.start_clock()
+            note = f"{progress.n_workers} workers" if started else "starting workers"
+            if progress.n_retried:
+                note += f", {progress.n_retried} retried"
+            if progress.message:
+                measuring.say(progress.message)
+            measuring.update(progress.done, progress.total, note)
+
+        merged = run_pool(job, source, store, domain.cluster(config.cluster), on_progress=show)
+        measuring.close(len(job.manifest), len(job.manifest))
+    context.notes(merged.notes)
+    return job, store, merged
+
+
+def check_freezing(
+    frozen: FrozenModel, graph: Graph, source: DataSource, context: Context[Any]
+) -> list[str]:
+    """Prove on the first sample that freezing, and raising the opset, keep the float result."""
+    feeds = first_feeds(source, input_specs(graph))
+    notes = []
+    difference = frozen_difference(frozen, feeds, context.execution)
+    if difference:
+        notes.append(f"the simplified model differs from the given one by {difference:.2g}")
+    try:
+        raised = opset_difference(frozen, HIGH_OPSET, feeds, context.execution)
+    except ModelError as error:
+        if error.code != "QD206":
+            raise
+        notes.append(f"no 4- or 16-bit layers: the model stays at its opset ({error.got})")
+    else:
+        if raised:
+            notes.append(f"at opset {HIGH_OPSET} the float result moves by {raised:.2g}")
+    return notes
+
+
+def open_statistics(frozen: FrozenModel, path: Path) -> tuple[ZarrStore, CalibrationRecord]:
+    """The finished calibration of this model. Raises QD401, QD402, QD403."""
+    store = ZarrStore.open(path)
+    if store.identity.model_digest != frozen.digest:
+        raise StoreError(
+            "QD401",
+            where=str(path),
+            got=f"statistics of model {store.identity.model_digest[:12]}",
+            expected=f"statistics of model {frozen.digest[:12]} ({frozen.source.name})",
+            mend="give the store of this model with store.path=FOLDER, or run qdist calibrate",
+        )
+    record, _ = store.latest()
+    return store, record
+
+
+def make_choices(
+    planner: Planner, config: schema.QuantizationConfig
+) -> tuple[dict[str, LayerChoice], dict[str, str]]:
+    """The choice of every layer, and where it comes from. Raises QD503."""
+    rules = domain.rules(config)
+    choices = apply_rules(planner.layers, domain.default_choice(config), rules)
+    why = {
+        layer.name: f"rule {rule.match}"
+        for rule in rules
+        for layer in planner.layers
+        if rule.matches(layer)
+    }
+    return choices, why
+
+
+def plan_notes(plan: QuantizationPlan) -> list[str]:
+    """What of the model stays float, by reason, in few lines."""
+    reasons: dict[str, list[str]] = {}
+    for layer in plan.layers:
+        for reason in dict.fromkeys(layer.left_float.values()):
+            if not reason.startswith(("computed with", "a single number")):
+                text = "holds values that mean masked" if "mean masked" in reason else reason
+                reasons.setdefault(text, []).append(layer.name)
+    return [
+        f"{len(names)} {'layer keeps' if len(names) == 1 else 'layers keep'} a float input "
+        f"({reason}): {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        for reason, names in reasons.items()
+    ]
+
+
+def save_config(context: Context[Any], config: Mapping[str, Any]) -> Path:
+    """Keep the resolved configuration beside the results."""
+    return write_json(context.folder / f"{context.command}.config.json", dict(config))

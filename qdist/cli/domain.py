@@ -1,0 +1,275 @@
+"""Validated configuration in, frozen values of the library out. Hydra ends here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qdist.calibration import CalibrationSettings
+from qdist.cli import schema
+from qdist.cli.tracking import TrackingSpec
+from qdist.data.arrays import ArraySource
+from qdist.data.function import FunctionSource
+from qdist.data.images import ImageSource
+from qdist.data.preprocess import Preprocess
+from qdist.data.source import DataSource
+from qdist.data.text import TextSource
+from qdist.errors import ConfigError
+from qdist.evaluate.builtin import DatasetEvaluation
+from qdist.evaluate.command import CommandEvaluation
+from qdist.evaluate.function import FunctionEvaluation
+from qdist.evaluate.scorer import Evaluation
+from qdist.model.session import Execution
+from qdist.plan.choice import LayerChoice
+from qdist.plan.planner import PlanSettings
+from qdist.plan.precision import precision
+from qdist.plan.rules import Rule
+from qdist.plan.target import Target
+from qdist.search.greedy import GreedySettings
+from qdist.threshold.registry import check_method
+
+if TYPE_CHECKING:  # importing Ray costs half a second that --help should not pay
+    from actors.session import ClusterSpec
+
+
+def execution(config: schema.ModelConfig) -> Execution:
+    """How the model is run."""
+    return Execution(provider=config.provider, n_threads=config.threads)
+
+
+def source(config: schema.SourceConfig) -> DataSource:
+    """A data set. Raises `ConfigError` and `DataError` for settings that cannot be."""
+    match config:
+        case schema.ArraysConfig():
+            return ArraySource(
+                path=absolute(config.path),
+                inputs=config.inputs,
+                labels=config.labels,
+                limit=config.limit,
+                start=config.start,
+                preprocess=preprocess(config.preprocess),
+            )
+        case schema.ImagesConfig():
+            return _images(config)
+        case schema.TextConfig():
+            return TextSource(
+                path=absolute(config.path),
+                tokenizer_path=absolute(config.tokenizer_path),
+                input_name=config.input_name,
+                lengths=tuple(config.lengths),
+                n_samples=config.n_samples,
+                start_token=config.start_token,
+                bos=config.bos,
+            )
+        case schema.FunctionDataConfig():
+            return FunctionSource(target=config.target, arguments=config.arguments)
+
+
+def evaluation_source(config: schema.DataConfig) -> DataSource:
+    """The evaluation set; the calibration set where the user gave no other."""
+    return source(config.evaluation or config.calibration)
+
+
+def preprocess(config: schema.PreprocessConfig) -> Preprocess:
+    """What turns stored values into model inputs."""
+    return Preprocess(
+        scale=config.scale,
+        mean=tuple(config.mean),
+        std=tuple(config.std),
+        channel_axis=config.channel_axis,
+        transpose=tuple(config.transpose),
+        dtype=config.dtype,
+    )
+
+
+def calibration(config: schema.CalibrationConfig) -> CalibrationSettings:
+    """How activations are measured."""
+    return CalibrationSettings(
+        micro_batch=config.micro_batch,
+        shard_samples=config.shard_samples,
+        taps=config.taps,
+        on_nan=config.on_nan,
+    )
+
+
+def default_choice(config: schema.QuantizationConfig) -> LayerChoice:
+    """What every layer gets unless a rule says otherwise. Raises QD501, QD502, QD506."""
+    check_method(config.saturation, config.saturation_parameters)
+    return LayerChoice(
+        precision=config.precision,
+        granularity=config.granularity,
+        saturation=config.saturation,
+        weight_saturation=config.weight_saturation,
+    )
+
+
+def rules(config: schema.QuantizationConfig) -> tuple[Rule, ...]:
+    """The rules in order."""
+    return tuple(
+        Rule(match=rule.match, settings=rule.model_dump(exclude={"match"}, exclude_none=True))
+        for rule in config.rules
+    )
+
+
+def plan_settings(config: schema.QuantizationConfig) -> PlanSettings:
+    """What holds for the whole model."""
+    return PlanSettings(
+        scope=config.scope,
+        symmetric=config.symmetric,
+        saturation_parameters=config.saturation_parameters,
+    )
+
+
+def target(config: schema.TargetConfig) -> Target:
+    """What the toolchain accepts. Raises QD506."""
+    for name in config.precisions:
+        precision(name)
+    return Target(
+        name=config.name,
+        precisions=tuple(config.precisions),
+        symmetric_only=config.symmetric_only,
+        per_channel=config.per_channel,
+        scale_grid=config.scale_grid,
+    )
+
+
+def evaluation(config: schema.EvaluationConfig, data: schema.DataConfig | None) -> Evaluation:
+    """How models are scored. Raises QD105 when a metric has no data, QD701."""
+    match config:
+        case schema.MetricConfig():
+            if data is None:
+                raise ConfigError(
+                    "QD105",
+                    where="data",
+                    got="no data",
+                    expected="a data set for the metric",
+                    mend="add data=GROUP to the command",
+                )
+            return DatasetEvaluation(
+                source=evaluation_source(data),
+                metric=config.metric,
+                batch=config.batch,
+                token_input=config.token_input,
+            )
+        case schema.CommandConfig():
+            return CommandEvaluation(
+                command=tuple(config.command),
+                folder=absolute(config.folder) if config.folder else None,
+                timeout_s=config.timeout_s,
+                higher_is_better=config.higher_is_better,
+                metric=config.metric,
+                read=config.read,
+                shell=config.shell,
+                keep=config.keep,
+                environment=config.environment,
+            )
+        case schema.FunctionConfig():
+            return FunctionEvaluation(
+                target=config.target,
+                higher_is_better=config.higher_is_better,
+                arguments=config.arguments,
+                metric=config.metric,
+            )
+
+
+def scorer_options(config: schema.EvaluationConfig) -> dict[str, int | str | None]:
+    """What a user's function finds on its executor."""
+    if not isinstance(config, schema.FunctionConfig):
+        return {}
+    return {
+        "batch_size": config.batch_size,
+        "iteration": config.iteration,
+        "dataset": config.dataset,
+    }
+
+
+def cluster(config: schema.ClusterConfig) -> ClusterSpec:
+    """Where workers run."""
+    from actors.session import ClusterSpec
+
+    return ClusterSpec(
+        address=config.address,
+        n_workers=config.workers,
+        cpus_per_worker=config.cpus_per_worker,
+        gpus_per_worker=config.gpus_per_worker,
+        memory_bytes_per_worker=config.memory_bytes_per_worker,
+        ready_timeout_s=config.ready_timeout_s,
+        task_timeout_s=config.task_timeout_s,
+        max_attempts=config.max_attempts,
+        ship_code=config.ship_code,
+    )
+
+
+def tracking(config: schema.TrackingConfig) -> TrackingSpec:
+    """Where runs are recorded. Raises QD104."""
+    return TrackingSpec(
+        uri=config.uri,
+        experiment=config.experiment,
+        artifacts=config.artifacts,
+        enabled=config.enabled,
+        run_name=config.run_name,
+    )
+
+
+def greedy(config: schema.SearchConfig) -> GreedySettings:
+    """How the greedy search goes. Raises QD501, QD506."""
+    for name in (config.low, config.high):
+        if name is not None:
+            precision(name)
+    for method in config.saturations:
+        check_method(method)
+    return GreedySettings(
+        low=config.low,
+        high=config.high,
+        saturations=tuple(config.saturations),
+        max_trials=config.max_trials,
+        first_share=config.first_share,
+    )
+
+
+def absolute(path: str) -> Path:
+    """A user's path, made absolute: workers have other working folders."""
+    return Path(path).expanduser().absolute()
+
+
+def _images(config: schema.ImagesConfig) -> ImageSource:
+    resize = config.resize
+    if isinstance(resize, list):
+        resize_to: int | tuple[int, int] | None = _pair("resize", resize)
+    else:
+        resize_to = resize
+    letterbox = None
+    if config.letterbox is not None:
+        if len(config.letterbox) != 3:
+            raise _wrong_length("letterbox", config.letterbox, "[height, width, pad value]")
+        letterbox = (config.letterbox[0], config.letterbox[1], config.letterbox[2])
+    return ImageSource(
+        folder=absolute(config.folder),
+        input_name=config.input_name,
+        list_file=absolute(config.list_file) if config.list_file else None,
+        labels_file=absolute(config.labels_file) if config.labels_file else None,
+        resize=resize_to,
+        crop=config.crop,
+        letterbox=letterbox,
+        color=config.color,
+        layout=config.layout,
+        limit=config.limit,
+        start=config.start,
+        preprocess=preprocess(config.preprocess),
+    )
+
+
+def _pair(name: str, values: list[int]) -> tuple[int, int]:
+    if len(values) != 2:
+        raise _wrong_length(name, values, "[height, width]")
+    return values[0], values[1]
+
+
+def _wrong_length(name: str, values: list[int], expected: str) -> ConfigError:
+    return ConfigError(
+        "QD104",
+        where=f"data: {name}",
+        got=str(values),
+        expected=expected,
+        mend=f"give {name}={expected}",
+    )

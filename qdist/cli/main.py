@@ -1,0 +1,155 @@
+"""Finds the command, runs it, turns errors into one line and exit status 2."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from rich.console import Console
+
+from qdist import __version__
+from qdist.errors import ConfigError, QdistError
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``qdist``; the exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except QdistError as error:
+        Console(stderr=True).print(
+            f"error: {error}",
+            style="red",
+            highlight=False,
+            markup=False,
+            emoji=False,
+            soft_wrap=True,
+        )
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped; the same command goes on from here", style="yellow")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output went away, as in `qdist show ... | head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(words: list[str]) -> int:
+    from qdist.cli.help import SUMMARIES, command_help, overview
+
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if words[0] == "--version":
+        print(f"qdist {__version__}")
+        return 0
+    command, rest = words[0], words[1:]
+    if command not in SUMMARIES:
+        near = difflib.get_close_matches(command, list(SUMMARIES), n=1)
+        raise ConfigError(
+            "QD101",
+            where="qdist",
+            got=repr(command),
+            expected=f"one of {', '.join(SUMMARIES)}",
+            mend=f"did you mean qdist {near[0]}?" if near else "see qdist --help",
+        )
+    if any(word in ("-h", "--help") for word in rest):
+        print(command_help(command, _extra_folder(rest)))
+        return 0
+    if command == "show":
+        from qdist.cli.commands.show import run
+
+        run(rest, Console())
+        return 0
+    _run_hydra(command, rest)
+    return 0
+
+
+def _run_hydra(command: str, words: list[str]) -> None:
+    """Compose the configuration with Hydra and run the command, once or for a whole sweep."""
+    # Hydra would print its own many-line messages and exit with 1; ours are one line.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from qdist.cli.compose import from_hydra, register_resolvers, validated
+    from qdist.cli.context import Context
+    from qdist.cli.groups import config_folder
+    from qdist.cli.schema import COMMANDS
+
+    register_resolvers()
+    schema = COMMANDS[command]
+    module = importlib.import_module(f"qdist.cli.commands.{command}")
+
+    # Hydra prints a traceback's worth of text for an exception, so errors go around it.
+    failed: list[QdistError | OmegaConfBaseException | KeyboardInterrupt] = []
+
+    def job(config: DictConfig) -> None:
+        if failed:
+            return
+        try:
+            run_one(config)
+        except (QdistError, OmegaConfBaseException, KeyboardInterrupt) as error:
+            failed.append(error)
+
+    def run_one(config: DictConfig) -> None:
+        sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
+        if sweeping:
+            _separate(config, HydraConfig.get().job.override_dirname)
+        settings = validated(config, schema)
+        console = Console()
+        if sweeping:
+            console.rule(HydraConfig.get().job.override_dirname or command)
+        plain = cast(Mapping[str, Any], OmegaConf.to_container(config, resolve=True))
+        module.run(
+            Context(
+                command=command,
+                settings=settings,
+                config=plain,
+                console=console,
+                begin=time.monotonic(),
+            )
+        )
+
+    before = sys.argv
+    sys.argv = [f"qdist {command}", *words]
+    try:
+        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=command)(job)()
+        if failed:
+            raise failed[0]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise from_hydra(error, schema, _extra_folder(words)) from error
+    finally:
+        sys.argv = before
+
+
+def _separate(config: Any, overrides: str) -> None:
+    """In a sweep every job gets its own output folder, so that none overwrites another's."""
+    from omegaconf import open_dict
+
+    with open_dict(config):
+        name = overrides.replace("/", "_") or "job"
+        config.output.folder = str(Path(str(config.output.folder)) / "sweep" / name)
+
+
+def _extra_folder(words: Sequence[str]) -> Path | None:
+    for i, word in enumerate(words):
+        if word.startswith("--config-dir="):
+            return Path(word.split("=", 1)[1])
+        if word in ("--config-dir", "-cd") and i + 1 < len(words):
+            return Path(words[i + 1])
+    return None
