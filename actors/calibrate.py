@@ -86,11 +86,12 @@ def calibrate(
             report(replace(state, n_workers=pool.n_workers_alive))
             for shard in shards:
                 pool.submit(shard)
-            _collect(pool, state, report)
+            _collect(job, pool, state, report)
     return finish(job, store)
 
 
 def _collect(
+    job: CalibrationJob,
     pool: WorkerPool[Shard, ShardReceipt],
     state: CalibrationProgress,
     report: Callable[[CalibrationProgress], None],

@@ -19,9 +19,19 @@ cd -- "$workspace"
 workspace=$PWD
 export RAY_USAGE_STATS_ENABLED=0 RAY_ENABLE_UV_RUN_RUNTIME_ENV=0 MLFLOW_DISABLE_TELEMETRY=true
 
+export QDIST_WORKSPACE=$workspace
+
+start=$SECONDS
 for model in digits_cnn digits_vit; do
-    echo "quickstart: tuning $model"
-    "$venv/bin/qdist" tune model="$model" data=digits "$@"
+    echo "quickstart: calibrating, quantizing and tuning $model"
+    "$venv/bin/qdist" tune model="$model" data=digits evaluation=accuracy search.max_trials=10 "$@"
 done
 
-echo "quickstart: done in $SECONDS s; reports, artifacts and trials are in $workspace"
+cat <<END
+quickstart: done in $((SECONDS - start)) s; reports, plans and models are in $workspace
+Go on with:
+  export PATH="$venv/bin:\$PATH" QDIST_WORKSPACE="$workspace"
+  qdist show "$workspace/digits_vit/plan.json"
+  qdist compare model=digits_vit data=digits
+  qdist quantize --help
+END

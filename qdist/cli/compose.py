@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -28,6 +30,35 @@ def register_resolvers() -> None:
         "qdist.absolute": lambda path: str(Path(str(path)).expanduser().absolute()),
     }.items():
         OmegaConf.register_new_resolver(name, function, replace=True)
+
+
+def overrides_first(words: Sequence[str]) -> list[str]:
+    """Words in the order that Hydra's parser wants: it takes overrides only in one piece.
+
+    Raises QD106 for options that Hydra does not have.
+    """
+    parser = get_args_parser()
+    parser.exit_on_error = False  # it would print the usage of Hydra, and end the process
+    try:
+        parsed, unknown = parser.parse_known_intermixed_args(list(words))
+    except argparse.ArgumentError as error:
+        raise _bad_option(str(error)) from error
+    if unknown:
+        raise _bad_option(f"unknown options: {' '.join(unknown)}")
+    options = list(words)
+    for word in parsed.overrides:
+        options.remove(word)
+    return [*parsed.overrides, *options]
+
+
+def _bad_option(got: str) -> ConfigError:
+    return ConfigError(
+        "QD106",
+        where="the command line",
+        got=got,
+        expected="--cfg job, --multirun, --config-dir FOLDER or another option of Hydra's",
+        mend="correct the option; settings are written key=value, without dashes",
+    )
 
 
 def validated(config: DictConfig, schema: type[CommandSettings]) -> CommandSettings:
@@ -86,6 +117,14 @@ def from_hydra(
         return _unknown_choice(f"{name}/", schema, extra)
     if key is not None:
         return _unknown_key(schema, key.group(1))
+    if "Additional config directory" in text:
+        return ConfigError(
+            "QD106",
+            where="--config-dir",
+            got=_first_line(error),
+            expected="a folder with group files: FOLDER/model/mine.yaml",
+            mend="correct the folder; a relative one starts at the current folder",
+        )
     return ConfigError(
         "QD106",
         where="the command line",
@@ -110,7 +149,8 @@ def _unknown_choice(path: str, schema: type[CommandSettings], extra: Path | None
 
 
 def _unknown_key(schema: type[CommandSettings], key: str) -> ConfigError:
-    path = key.split("@")[0].split(".")
+    # Pydantic counts the entries of a list; the keys that users write have no numbers in them.
+    path = [part for part in key.split("@")[0].split(".") if not part.isdigit()]
     inside, known = _keys_beside(schema, path)
     bad = path[len(inside)] if len(inside) < len(path) else path[-1]
     near = _nearest(bad, known)
@@ -149,7 +189,7 @@ def _mismatch(details: ErrorDetails, schema: type[CommandSettings]) -> ConfigErr
         where=where,
         got=f"{got!r} ({type(got).__name__})",
         expected=message,
-        mend=f"correct {where}; {_expected(schema, path)}",
+        mend=f"correct {where} ({_expected(schema, path)})",
     )
 
 

@@ -86,7 +86,7 @@ def _run_hydra(command: str, words: list[str]) -> None:
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from qdist.cli.compose import from_hydra, register_resolvers, validated
+    from qdist.cli.compose import from_hydra, overrides_first, register_resolvers, validated
     from qdist.cli.context import Context
     from qdist.cli.groups import config_folder
     from qdist.cli.schema import COMMANDS
@@ -126,7 +126,7 @@ def _run_hydra(command: str, words: list[str]) -> None:
         )
 
     before = sys.argv
-    sys.argv = [f"qdist {command}", *words]
+    sys.argv = [f"qdist {command}", *overrides_first(words)]
     try:
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=command)(job)()
         if failed:

@@ -5,7 +5,8 @@
 ``opset``     raises the opset of a graph.
 ``freeze``    the one simplification that everything after it shares; its digest is identity.
 ``rewrite``   the single rewriting steps that freezing is made of.
-``types``     element types and shapes of tensors.
+``constants`` those of them that compute constants ahead of time.
+``graph``     who makes a tensor, who reads it, of what type and shape it is.
 ``layers``    what a layer is: its activations, weights and outputs.
 ``taps``      which tensors are measured, and which merely alias another.
 ``session``   ONNX Runtime sessions with the settings the project's laws ask for.

@@ -19,7 +19,7 @@ from onnx import ModelProto
 
 from qdist.digest import digest_bytes
 from qdist.errors import ModelError
-from qdist.model import rewrite
+from qdist.model import constants, rewrite
 from qdist.model.loading import ModelFile
 from qdist.model.opset import raise_opset
 from qdist.model.session import Execution, measuring_session, run, scoring_session
@@ -74,10 +74,10 @@ def freeze(model: ModelFile, execution: Execution | None = None) -> FrozenModel:
         proto = raise_opset(proto, LOWEST_OPSET)
         notes.append(f"opset raised from {before} to {LOWEST_OPSET}")
     rewrite.strip_documentation(proto)
-    rewrite.constants_to_initializers(proto)
+    constants.constants_to_initializers(proto)
     rewrite.name_nodes(proto)
     rewrite.remove_identities(proto)
-    unfolded = rewrite.fold_constants(proto, model.folder, execution)
+    unfolded = constants.fold_constants(proto, model.folder, execution)
     if unfolded:
         notes.append(unfolded)
     n_folded = rewrite.fold_batch_normalization(

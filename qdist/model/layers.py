@@ -112,7 +112,7 @@ def find_layers(graph: Graph) -> tuple[Layer, ...]:
                 outputs=tuple(name for name in node.output if name),
                 is_statistics=node.output[0] in statistics
                 or (
-                    node.op_type in ("Mul", "Div")
+                    node.op_type in ("Sub", "Mul", "Div")
                     and any(entry.tensor in statistics for entry in activations)
                 ),
             )
@@ -162,6 +162,11 @@ def _channel_axis(graph: Graph, node: NodeProto, index: int, weight: str) -> int
     return None
 
 
+_REDUCTIONS = ("ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2")
+_POINTWISE = ("Add", "Sub", "Sqrt", "Reciprocal", "Mul", "Div", "Max", "Clip", "Pow")
+_BEFORE_ROOT = ("Add", "Mul", "Div", "Max", "Clip")
+
+
 def _statistics_tensors(graph: Graph) -> set[str]:
     """Tensors inside a written-out normalization: means, variances and what is made of them alone.
 
@@ -169,35 +174,55 @@ def _statistics_tensors(graph: Graph) -> set[str]:
     """
     found: set[str] = set()
     for node in graph.proto.graph.node:
-        inputs = [name for name in node.input if name and graph.is_activation(name)]
-        reduces = node.op_type in ("ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "Pow")
-        pointwise = node.op_type in (
-            "Add",
-            "Sub",
-            "Sqrt",
-            "Reciprocal",
-            "Mul",
-            "Div",
-            "Max",
-            "Clip",
-        )
-        passes = pointwise and inputs and all(name in found for name in inputs)
-        if (reduces and _is_normalization(graph, node)) or passes:
+        inputs = _activations_read(graph, node)
+        if (
+            (node.op_type in _POINTWISE and inputs and inputs <= found)
+            or _is_variance(graph, node)
+            or _is_square(graph, node)
+            or _is_mean(graph, node)
+        ):
             found.update(name for name in node.output if name)
     return found
 
 
-def _is_normalization(graph: Graph, node: NodeProto) -> bool:
-    """Whether a Sqrt or Reciprocal follows within a few steps, as in a written-out norm."""
-    front = [name for name in node.output if name]
+def _activations_read(graph: Graph, node: NodeProto) -> set[str]:
+    return {name for name in node.input if name and graph.is_activation(name)}
+
+
+def _is_variance(graph: Graph, node: NodeProto) -> bool:
+    """A reduction whose root or reciprocal is taken, with nothing but constants in between."""
+    if node.op_type not in _REDUCTIONS:
+        return False
+    front = [node.output[0]]
     for _ in range(4):
         following = [reader for name in front for reader in graph.readers.get(name, ())]
-        if any(reader.op_type in ("Sqrt", "Reciprocal") for reader in following):
+        if any(_is_root(graph, reader) for reader in following):
             return True
         front = [
-            name
+            reader.output[0]
             for reader in following
-            if reader.op_type in ("Add", "ReduceMean", "Mul", "Max", "Clip")
-            for name in reader.output
+            if reader.op_type in _BEFORE_ROOT and len(_activations_read(graph, reader)) == 1
         ]
     return False
+
+
+def _is_root(graph: Graph, node: NodeProto) -> bool:
+    if node.op_type == "Pow" and node.input[1] in graph.constants:
+        return bool((graph.weights.read(node.input[1]) < 0).all())
+    return node.op_type in ("Sqrt", "Reciprocal")
+
+
+def _is_square(graph: Graph, node: NodeProto) -> bool:
+    """The squares that a variance is the mean of."""
+    squares = node.op_type == "Pow" or (node.op_type == "Mul" and node.input[0] == node.input[1])
+    return squares and any(_is_variance(graph, r) for r in graph.readers.get(node.output[0], ()))
+
+
+def _is_mean(graph: Graph, node: NodeProto) -> bool:
+    """The mean of a tensor that is taken off that very tensor before it is squared."""
+    return node.op_type == "ReduceMean" and any(
+        centred.op_type == "Sub"
+        and list(centred.input) == [node.input[0], node.output[0]]
+        and any(_is_square(graph, r) for r in graph.readers.get(centred.output[0], ()))
+        for centred in graph.readers.get(node.output[0], ())
+    )

@@ -39,7 +39,7 @@ def assemble(frozen: FrozenModel, projected: ProjectedPlan) -> QuantizedGraph:
     plan = projected.plan
     proto = raised(frozen, plan.opset)
     weights = frozen.weights()
-    pairs = Pairs(weights)
+    pairs = Pairs(weights, rewrite.tensor_names(proto))
     by_name = {layer.name: layer for layer in plan.layers if layer.is_quantized}
     nodes: list[NodeProto] = []
     placed: set[str] = set()
@@ -53,7 +53,7 @@ def assemble(frozen: FrozenModel, projected: ProjectedPlan) -> QuantizedGraph:
         nodes.append(node)
     if by_name:
         raise _unknown_layers(frozen, list(by_name))
-    set_nodes(proto, nodes)
+    rewrite.set_nodes(proto, nodes)
     proto.graph.initializer.extend(pairs.initializers)
     rewrite.remove_dead(proto)
     proto.ir_version = max(proto.ir_version, IR_VERSION_OF_OPSET.get(rewrite.opset_of(proto), 10))
@@ -83,13 +83,6 @@ def replace_inputs(node: NodeProto, layer: LayerPlan, pairs: Pairs) -> list[str]
         names.append(pairs.weight(entry.tensor, entry.quantizer))
         node.input[entry.index] = names[-1]
     return names
-
-
-def set_nodes(proto: ModelProto, nodes: list[NodeProto]) -> None:
-    """Replace all nodes of the main graph."""
-    copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del proto.graph.node[:]
-    proto.graph.node.extend(copies)
 
 
 def _unknown_layers(frozen: FrozenModel, names: list[str]) -> ModelError:

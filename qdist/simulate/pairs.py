@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from qdist.plan.quantizer import Quantizer
 
 _ONNX_TYPES = {4: TensorProto.INT4, 8: TensorProto.INT8, 16: TensorProto.INT16}
 _NUMPY_TYPES = {8: np.int8, 16: np.int16}
+_ENDS = ("q", "dq", "int", "scale", "zero_point")
 _BLOCK_ELEMENTS = 1 << 22
 """Weight values that are quantized at a time; each takes some 20 bytes meanwhile."""
 
@@ -84,9 +85,12 @@ class Pairs:
     quantizer gives the same one.
     """
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Weights, taken: Set[str]) -> None:
+        """``taken``: tensor names that the graph has already."""
         self._weights = weights
+        self._taken = taken
         self._made: dict[tuple[Any, ...], str] = {}
+        self._stems: set[str] = set()
         self.nodes: dict[str, list[NodeProto]] = {}
         self.initializers: list[TensorProto] = []
         self.integer_weights: list[IntegerWeight] = []
@@ -149,8 +153,12 @@ class Pairs:
 
     def _stem(self, tensor: str, quantizer: Quantizer) -> str:
         base = f"{tensor}.{quantizer.dtype}"
-        n = sum(1 for name in self._made.values() if name.startswith(f"{base}."))
-        return base if n == 0 else f"{base}.{n}"
+        stem, n = base, 0
+        while stem in self._stems or any(f"{stem}.{end}" in self._taken for end in _ENDS):
+            n += 1
+            stem = f"{base}.{n}"
+        self._stems.add(stem)
+        return stem
 
     def _parameters(self, stem: str, quantizer: Quantizer) -> tuple[str, str]:
         scales = np.asarray(quantizer.scales, np.float32)

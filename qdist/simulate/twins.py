@@ -15,7 +15,7 @@ from qdist.model.freeze import FrozenModel
 from qdist.model.opset import IR_VERSION_OF_OPSET
 from qdist.plan.plan import LayerPlan
 from qdist.plan.target import ProjectedPlan
-from qdist.simulate.assemble import QuantizedGraph, raised, replace_inputs, set_nodes
+from qdist.simulate.assemble import QuantizedGraph, raised, replace_inputs
 from qdist.simulate.pairs import Pairs
 
 SUFFIX = ".twin"
@@ -35,7 +35,7 @@ def twin_graph(frozen: FrozenModel, projected: ProjectedPlan) -> TwinGraph:
     plan = projected.plan
     proto = raised(frozen, plan.opset)
     weights = frozen.weights()
-    pairs = Pairs(weights)
+    pairs = Pairs(weights, rewrite.tensor_names(proto))
     by_name = {layer.name: layer for layer in plan.layers if layer.is_quantized}
     nodes: list[NodeProto] = []
     placed: set[str] = set()
@@ -52,7 +52,7 @@ def twin_graph(frozen: FrozenModel, projected: ProjectedPlan) -> TwinGraph:
                 placed.add(name)
         nodes.append(twin)
         outputs[layer.name] = node.output[0]
-    set_nodes(proto, nodes)
+    rewrite.set_nodes(proto, nodes)
     proto.graph.initializer.extend(pairs.initializers)
     del proto.graph.output[:]
     for name in outputs.values():

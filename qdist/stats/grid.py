@@ -55,7 +55,7 @@ class BinEdges:
 def edges_of(bins: NDArray[np.uint16]) -> BinEdges:
     """The intervals of finite bins, in the order given.
 
-    The bins of +0 and -0 hold the denormals below 2^-126 too; they count as the point zero.
+    The bins of +0 and -0 hold what is smaller than 2^-133 too; they count as the point zero.
     """
     magnitude = (bins & np.uint16(0x7FFF)).astype(np.uint32)
     near = (magnitude << np.uint32(16)).view(np.float32).astype(np.float64)

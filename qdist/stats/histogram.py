@@ -45,7 +45,7 @@ class Histogram:
 
     @property
     def n_zero(self) -> int:
-        """How many of them were zero (or denormal)."""
+        """How many of them were zero (or below 2^-133)."""
         return int(self.counts[(self.bins & np.uint16(0x7FFF)) == 0].sum())
 
     @cached_property
@@ -106,15 +106,20 @@ class Density:
         return float(np.dot(self.counts, square) / self.total)
 
     def magnitudes(self) -> Density:
-        """The density of |x|, ascending; intervals of both signs may coincide."""
-        negative = self.upper <= 0
-        lower = np.where(negative, -self.upper, self.lower)
-        upper = np.where(negative, -self.lower, self.upper)
-        straddles = (self.lower < 0) & (self.upper > 0)
-        lower = np.where(straddles, 0.0, lower)
-        upper = np.where(straddles, np.maximum(-self.lower, self.upper), upper)
+        """The density of |x|. Where intervals of both signs overlap they become one."""
+        if self.is_empty:
+            return self
+        lower = np.maximum(np.maximum(self.lower, -self.upper), 0.0)
+        upper = np.maximum(self.upper, -self.lower)
         order = np.argsort(lower, kind="stable")
-        return Density(lower=lower[order], upper=upper[order], counts=self.counts[order])
+        lower, upper, counts = lower[order], upper[order], self.counts[order]
+        reach = np.maximum.accumulate(upper)
+        first = np.flatnonzero(np.append(True, lower[1:] >= reach[:-1]))
+        return Density(
+            lower=lower[first],
+            upper=np.maximum.reduceat(upper, first),
+            counts=np.add.reduceat(counts, first),
+        )
 
     def share_outside(self, low: float, high: float) -> float:
         """Share of the values below ``low`` or above ``high``."""

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from qdist.digest import digest_bytes
+from qdist.digest import canonical_json, digest_bytes
 from qdist.stats import grid
 from qdist.stats.histogram import Histogram
 from qdist.stats.kernels import merge_sorted
@@ -121,7 +121,7 @@ class CalibrationRecord:
     def digest(self) -> str:
         """Hex SHA-256 over names, counts, extrema and sample count: equal records, equal digest."""
         return digest_bytes(
-            "\n".join(self.tensors).encode(),
+            canonical_json(list(self.tensors)).encode(),
             str((grid.VERSION, self.n_samples)).encode(),
             self.keys.tobytes(),
             self.counts.tobytes(),
@@ -131,13 +131,20 @@ class CalibrationRecord:
 
 
 def merge_all(records: Iterable[CalibrationRecord], tensors: Iterable[str]) -> CalibrationRecord:
-    """Merge any number of records as a balanced tree; none gives the empty record."""
-    level = list(records)
-    if not level:
+    """Merge any number of records as a balanced tree; none gives the empty record.
+
+    Takes the records one at a time and holds as many as their number has binary digits.
+    """
+    subtrees: list[tuple[int, CalibrationRecord]] = []
+    for record in records:
+        size = 1
+        while subtrees and subtrees[-1][0] == size:
+            record = subtrees.pop()[1].merge(record)
+            size *= 2
+        subtrees.append((size, record))
+    if not subtrees:
         return CalibrationRecord.empty(tensors)
-    while len(level) > 1:
-        paired = [level[i].merge(level[i + 1]) for i in range(0, len(level) - 1, 2)]
-        if len(level) % 2:
-            paired.append(level[-1])
-        level = paired
-    return level[0]
+    merged = subtrees.pop()[1]
+    while subtrees:
+        merged = subtrees.pop()[1].merge(merged)
+    return merged

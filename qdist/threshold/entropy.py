@@ -42,15 +42,14 @@ def linear_bins(magnitudes: Density, n: int, top: float) -> NDArray[np.float64]:
     points = width <= 0
     index = np.minimum((magnitudes.lower[points] / top * n).astype(np.int64), n - 1)
     np.add.at(counts, index, magnitudes.counts[points])
-    lower, upper = magnitudes.lower[~points], magnitudes.upper[~points]
-    share = magnitudes.counts[~points] / width[~points]
-    # Mass below each edge is a sum of clipped ramps; ramps start and end at interval ends.
-    order = np.argsort(np.concatenate([lower, upper]), kind="stable")
-    knots = np.concatenate([lower, upper])[order]
-    slopes = np.cumsum(np.concatenate([share, -share])[order])
-    mass = np.concatenate([[0.0], np.cumsum(slopes[:-1] * np.diff(knots))])
+    # The mass below each edge, from the mass below every interval's ends: exact where a sum of
+    # densities is not, since an interval near zero is so narrow that its density is immense.
+    share = magnitudes.counts[~points]
+    after = np.cumsum(share)
+    knots = np.column_stack([magnitudes.lower[~points], magnitudes.upper[~points]]).ravel()
+    mass = np.column_stack([after - share, after]).ravel()
     below = np.interp(edges, knots, mass) if knots.size else np.zeros(n + 1)
-    return counts + np.maximum(np.diff(below), 0.0)
+    return counts + np.diff(below)
 
 
 def best_candidate(counts: NDArray[np.float64], n_levels: int, stride: int) -> int:

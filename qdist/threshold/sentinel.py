@@ -27,18 +27,16 @@ class Split:
 
 
 def split_sentinels(density: Density) -> Split:
-    """Take off large negative values that lie beyond an empty gap from all the others."""
+    """Take off large negative values that lie beyond an empty gap from all the others.
+
+    Where nothing else was seen there is no telling, and nothing is taken off.
+    """
     if density.is_empty or density.minimum > -LEAST_MAGNITUDE:
         return Split(body=density, n_sentinels=0.0)
-    is_far = density.upper <= -LEAST_MAGNITUDE
-    body_bound = float(
-        np.max(np.maximum(np.abs(density.lower), np.abs(density.upper))[~is_far], initial=0.0)
-    )
-    nearest = float(-density.upper[is_far].max())
-    if nearest < LEAST_GAP * body_bound:
-        return Split(body=density, n_sentinels=0.0)
-    keep = ~is_far
-    body = Density(
-        lower=density.lower[keep], upper=density.upper[keep], counts=density.counts[keep]
-    )
-    return Split(body=body, n_sentinels=float(density.counts[is_far].sum()))
+    # Ascending: each interval's successors are all of smaller magnitude, or positive.
+    body_bound = np.maximum(-density.lower, density.maximum)[1:]
+    near = -density.upper[:-1]
+    beyond = (near >= LEAST_MAGNITUDE) & (near >= LEAST_GAP * body_bound)
+    n = int(np.flatnonzero(beyond)[-1]) + 1 if beyond.any() else 0
+    body = Density(lower=density.lower[n:], upper=density.upper[n:], counts=density.counts[n:])
+    return Split(body=body, n_sentinels=float(density.counts[:n].sum()))

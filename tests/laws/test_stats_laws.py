@@ -1,0 +1,438 @@
+"""Laws of the grid, the counting kernels, histograms and records."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+
+from qdist.stats import grid
+from qdist.stats.histogram import Density, Histogram
+from qdist.stats.kernels import count_bits, merge_sorted
+from qdist.stats.record import CalibrationRecord, merge_all
+
+LARGE = 1 << 15
+"""From this many elements on, the counting kernel takes its other path."""
+SMALLEST = 2.0**-133
+"""What has a smaller magnitude shares a bin with zero."""
+SPECIAL_BITS = (
+    *(0x00000000, 0x80000000),  # +0, -0
+    *(0x00000001, 0x80000001, 0x007FFFFF, 0x807FFFFF),  # denormals
+    *(0x00800000, 0x80800000),  # the smallest normal numbers
+    *(0x7F7FFFFF, 0xFF7FFFFF),  # the largest numbers
+    *(0x7F800000, 0xFF800000),  # infinities
+    *(0x7F800001, 0xFF800001, 0x7F80FFFF, 0xFF80FFFF),  # NaNs that the top 16 bits do not show
+    *(0x7FC00000, 0xFFC00000, 0x7FFFFFFF, 0x7F810000),  # other NaNs
+)
+
+any_bits = st.one_of(st.sampled_from(SPECIAL_BITS), st.integers(0, 2**32 - 1))
+tensors = hnp.arrays(np.uint32, st.integers(0, 60), elements=any_bits).map(
+    lambda bits: bits.view(np.float32)
+)
+ROWS = ("a", "b")
+samples = st.tuples(tensors, tensors)
+seeds = st.integers(0, 2**32 - 1)
+
+
+def counted(values: NDArray[np.float32]) -> tuple[NDArray[np.uint64], NDArray[np.float32]]:
+    """What the kernel finds in one flat tensor."""
+    counts = np.zeros(grid.N_BINS, np.uint64)
+    extrema = np.array([np.inf, -np.inf], np.float32)
+    count_bits(values.view(np.uint32), counts, extrema)
+    return counts, extrema
+
+
+def counted_plainly(values: NDArray[np.float32]) -> tuple[NDArray[np.uint64], NDArray[np.float32]]:
+    """The same in plain NumPy: the definition that the kernel must equal."""
+    bits = values.view(np.uint32)
+    bins = (bits >> 16).astype(np.int64)
+    nan = np.isnan(values)
+    bins[nan & (bits < 0x80000000)] = 0x7FC0
+    bins[nan & (bits >= 0x80000000)] = 0xFFC0
+    counts = np.bincount(bins, minlength=grid.N_BINS).astype(np.uint64)
+    finite = values[np.isfinite(values)].astype(np.float64)
+    if finite.size == 0:
+        return counts, np.array([np.inf, -np.inf], np.float32)
+    return counts, np.array([finite.min(), finite.max()], np.float32)
+
+
+def record_of(*parts: tuple[NDArray[np.float32], ...], names: Any = ROWS) -> CalibrationRecord:
+    """The record of some samples, each one tensor per row."""
+    tables = [np.zeros(grid.N_BINS, np.uint64) for _ in names]
+    extrema = np.tile(np.array([np.inf, -np.inf], np.float32), (len(names), 1))
+    for part in parts:
+        for row, values in enumerate(part):
+            count_bits(values.view(np.uint32), tables[row], extrema[row])
+    return CalibrationRecord.from_dense(names, tables, extrema, len(parts))
+
+
+def histogram_of(values: NDArray[np.float32]) -> Histogram:
+    return record_of((values,), names=("x",)).histogram("x")
+
+
+def assert_same(one: CalibrationRecord, other: CalibrationRecord) -> None:
+    assert one.tensors == other.tensors
+    assert one.n_samples == other.n_samples
+    assert one.keys.tobytes() == other.keys.tobytes()
+    assert one.counts.tobytes() == other.counts.tobytes()
+    assert np.array_equal(one.extrema, other.extrema)
+    assert one.digest == other.digest
+
+
+# --- the kernel -------------------------------------------------------------------------------
+
+
+@given(tensors)
+@settings(deadline=None)
+@example(np.array(SPECIAL_BITS, np.uint32).view(np.float32))
+def test_the_small_path_counts_as_numpy_does(values: NDArray[np.float32]) -> None:
+    counts, extrema = counted(values)
+    plain_counts, plain_extrema = counted_plainly(values)
+    assert np.array_equal(counts, plain_counts)
+    assert np.array_equal(extrema, plain_extrema)
+
+
+@given(
+    seeds,
+    st.integers(LARGE - 2, LARGE + 1001),
+    st.integers(0, 3),
+    st.lists(st.tuples(st.integers(0, LARGE + 1000), any_bits), max_size=20),
+    st.tuples(st.integers(0, LARGE), st.integers(0, LARGE), any_bits),
+)
+@settings(max_examples=60, deadline=None)
+@example(1, LARGE + 1, 0, [(LARGE, b) for b in SPECIAL_BITS], (0, LARGE, 0x7F800001))
+@example(1, LARGE + 1, 3, [(LARGE, 0xFF800001)], (0, 0, 0))
+def test_both_paths_count_as_numpy_does_at_any_length(
+    seed: int,
+    n: int,
+    kind: int,
+    pokes: list[tuple[int, int]],
+    run: tuple[int, int, int],
+) -> None:
+    """``pokes`` are bits at places, ``run`` a stretch of equal values."""
+    rng = np.random.default_rng(seed)
+    bits = (
+        rng.integers(0, 2**32, n, np.uint32),
+        rng.normal(size=n).astype(np.float32).view(np.uint32),
+        np.maximum(rng.normal(size=n), 0).astype(np.float32).view(np.uint32),
+        rng.choice(np.array(SPECIAL_BITS, np.uint32), n),
+    )[kind]
+    bits[run[0] : run[0] + run[1]] = run[2]
+    for place, value in pokes:
+        bits[min(place, n - 1)] = value
+    counts, extrema = counted(bits.view(np.float32))
+    plain_counts, plain_extrema = counted_plainly(bits.view(np.float32))
+    assert np.array_equal(counts, plain_counts)
+    assert np.array_equal(extrema, plain_extrema)
+
+
+@pytest.mark.parametrize("n", [5, LARGE + 5])
+@pytest.mark.parametrize("bits", [0x00000000, 0x80000000])
+def test_a_zero_extremum_is_plus_zero_whatever_its_sign(n: int, bits: int) -> None:
+    _, extrema = counted(np.full(n, bits, np.uint32).view(np.float32))
+    assert extrema.tobytes() == np.zeros(2, np.float32).tobytes()
+
+
+@pytest.mark.parametrize("n", [3, LARGE + 3])
+def test_counts_and_extrema_add_to_what_is_there(n: int) -> None:
+    counts, extrema = counted(np.full(n, 2.0, np.float32))
+    count_bits(np.full(n, -3.0, np.float32).view(np.uint32), counts, extrema)
+    assert counts.sum() == 2 * n
+    assert extrema.tolist() == [-3.0, 2.0]
+
+
+@given(
+    st.dictionaries(st.integers(0, 40), st.integers(1, 2**62)),
+    st.dictionaries(st.integers(0, 40), st.integers(1, 2**62)),
+)
+@settings(deadline=None)
+def test_merging_sorted_keys_is_the_union_with_counts_added(
+    one: dict[int, int], other: dict[int, int]
+) -> None:
+    def arrays(counts: dict[int, int]) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+        keys = sorted(counts)
+        return np.array(keys, np.int64), np.array([counts[k] for k in keys], np.uint64)
+
+    keys, counts = merge_sorted(*arrays(one), *arrays(other))
+    expected = {k: one.get(k, 0) + other.get(k, 0) for k in sorted({*one, *other})}
+    assert keys.tolist() == list(expected)
+    assert counts.tolist() == list(expected.values())
+
+
+# --- the grid ---------------------------------------------------------------------------------
+
+
+@given(tensors)
+@settings(deadline=None)
+def test_every_finite_number_lies_in_the_interval_of_its_bin(values: NDArray[np.float32]) -> None:
+    values = values[np.isfinite(values)]
+    edges = grid.edges_of(grid.bin_of(values))
+    # What is smaller counts as zero.
+    in_zero = np.abs(values) < np.float32(SMALLEST)
+    exact = values[~in_zero].astype(np.float64)
+    assert np.all(edges.lower[~in_zero] <= exact)
+    assert np.all(exact <= edges.upper[~in_zero])
+    assert np.all(edges.lower[in_zero] == 0)
+    assert np.all(edges.upper[in_zero] == 0)
+
+
+def test_the_intervals_of_all_finite_bins_ascend_and_leave_no_gap() -> None:
+    bins = np.arange(grid.N_BINS, dtype=np.uint16)
+    bins = bins[~(grid.is_nan_bin(bins) | grid.is_infinite_bin(bins))]
+    ordered = bins[grid.ascending(bins)]
+    edges = grid.edges_of(ordered)
+    assert np.all(edges.lower <= edges.upper)
+    assert np.all(edges.lower[1:] >= edges.upper[:-1])
+    largest = float(np.finfo(np.float32).max)
+    assert (edges.lower[0], edges.upper[-1]) == (-largest, largest)
+    # Neighbours touch, but for what counts as zero on either side of it.
+    gaps = edges.lower[1:] - edges.upper[:-1]
+    assert gaps[gaps > 0].tolist() == [SMALLEST, SMALLEST]
+
+
+def test_a_bin_is_relatively_narrower_than_one_in_128() -> None:
+    bins = grid.bin_of(np.array([1.0, 1.999, 3e-38, -7.5, 3.0e38], np.float32))
+    edges = grid.edges_of(bins)
+    width = edges.upper - edges.lower
+    assert np.all(width <= np.minimum(abs(edges.lower), abs(edges.upper)) / 128 + 1e-300)
+
+
+def test_kinds_of_bins_are_told_apart_for_all_65536() -> None:
+    bins = np.arange(grid.N_BINS, dtype=np.uint16)
+    smallest = (bins.astype(np.uint32) << 16).view(np.float32)
+    assert np.array_equal(grid.is_nan_bin(bins), np.isnan(smallest))
+    assert np.array_equal(grid.is_infinite_bin(bins), np.isinf(smallest))
+
+
+# --- histograms -------------------------------------------------------------------------------
+
+
+@given(tensors)
+@settings(deadline=None)
+def test_a_histogram_says_what_kinds_of_values_there_were(values: NDArray[np.float32]) -> None:
+    histogram = histogram_of(values)
+    assert histogram.n_values == values.size
+    assert histogram.n_nan == np.isnan(values).sum()
+    assert histogram.n_infinite == np.isinf(values).sum()
+    assert histogram.n_zero == (np.abs(values) < np.float32(SMALLEST)).sum()
+    assert histogram.finite.total == np.isfinite(values).sum()
+
+
+@given(tensors)
+@settings(deadline=None)
+def test_a_density_is_ascending_disjoint_and_cut_by_the_exact_extrema(
+    values: NDArray[np.float32],
+) -> None:
+    density = histogram_of(values).finite
+    finite = values[np.isfinite(values)].astype(np.float64)
+    assert density.is_empty == (finite.size == 0)
+    if finite.size == 0:
+        assert (density.minimum, density.maximum) == (0.0, 0.0)
+        return
+    assert np.all(density.lower <= density.upper)
+    assert np.all(density.upper[:-1] <= density.lower[1:])
+    assert density.lower[0] >= finite.min()
+    assert density.upper[-1] <= finite.max()
+    if abs(finite.min()) >= SMALLEST:
+        assert density.minimum == finite.min()
+    if abs(finite.max()) >= SMALLEST:
+        assert density.maximum == finite.max()
+    for number in finite[np.abs(finite) >= SMALLEST]:
+        holds = (density.lower <= number) & (number <= density.upper)
+        assert holds.any()
+
+
+@given(tensors)
+@settings(deadline=None)
+def test_magnitudes_are_a_density_of_the_absolute_values(values: NDArray[np.float32]) -> None:
+    values = values[np.isfinite(values)]
+    magnitudes = histogram_of(values).finite.magnitudes()
+    assert magnitudes.total == values.size
+    assert np.all(magnitudes.lower >= 0)
+    assert np.all(magnitudes.lower <= magnitudes.upper)
+    assert np.all(magnitudes.upper[:-1] <= magnitudes.lower[1:])
+    if values.size:
+        top = float(np.abs(values.astype(np.float64)).max())
+        assert magnitudes.maximum == top or top < SMALLEST
+        for number in np.abs(values[np.abs(values) >= SMALLEST].astype(np.float64)):
+            assert ((magnitudes.lower <= number) & (number <= magnitudes.upper)).any()
+
+
+@given(seeds, st.floats(-3, 3, width=32), st.floats(-3, 3, width=32))
+@settings(max_examples=50, deadline=None)
+def test_the_share_outside_a_range_is_that_of_the_data(seed: int, a: float, b: float) -> None:
+    values = np.random.default_rng(seed).normal(size=4000).astype(np.float32)
+    values[:1000] = 0
+    low, high = min(a, b), max(a, b)
+    exact = float(((values < low) | (values > high)).mean())
+    # Within a bin, whose share at this density is below 1 %.
+    assert histogram_of(values).finite.share_outside(low, high) == pytest.approx(exact, abs=0.01)
+
+
+def test_the_share_outside_counts_a_point_mass_at_the_bound_as_inside() -> None:
+    density = Density(
+        lower=np.array([-1.0, 0.0, 2.0]),
+        upper=np.array([-1.0, 0.0, 2.0]),
+        counts=np.array([1.0, 2.0, 1.0]),
+    )
+    assert density.share_outside(0.0, 2.0) == 0.25
+    assert density.share_outside(-1.0, 0.0) == 0.25
+    assert density.share_outside(-1.0, 2.0) == 0.0
+    assert density.share_outside(0.5, 1.0) == 1.0
+
+
+@given(seeds)
+@settings(max_examples=30, deadline=None)
+def test_the_second_moment_is_that_of_the_data(seed: int) -> None:
+    values = np.random.default_rng(seed).standard_t(3, size=3000).astype(np.float32)
+    exact = float(np.mean(values.astype(np.float64) ** 2))
+    assert histogram_of(values).finite.second_moment == pytest.approx(exact, rel=1e-2)
+
+
+def test_a_histogram_refuses_counts_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="counts"):
+        Histogram(bins=np.zeros(2, np.uint16), counts=np.ones(3, np.uint64), minimum=0, maximum=0)
+
+
+# --- records ----------------------------------------------------------------------------------
+
+
+@given(samples, samples, samples)
+@settings(deadline=None)
+def test_merging_is_associative_and_commutative(a: Any, b: Any, c: Any) -> None:
+    x, y, z = record_of(a), record_of(b), record_of(c)
+    assert_same(x.merge(y), y.merge(x))
+    assert_same(x.merge(y).merge(z), x.merge(y.merge(z)))
+
+
+@given(st.lists(samples, max_size=3))
+@settings(deadline=None)
+def test_the_empty_record_is_the_identity_on_either_side(parts: list[Any]) -> None:
+    record, empty = record_of(*parts), CalibrationRecord.empty(ROWS)
+    assert_same(record.merge(empty), record)
+    assert_same(empty.merge(record), record)
+
+
+@given(st.lists(samples, max_size=8), st.lists(st.integers(0, 8), max_size=8), st.randoms())
+@settings(deadline=None)
+def test_the_record_of_all_samples_is_the_merge_of_any_partition_in_any_order(
+    parts: list[Any], cuts: list[int], random: Any
+) -> None:
+    edges = [0, *sorted(min(cut, len(parts)) for cut in cuts), len(parts)]
+    records = [record_of(*parts[i:j]) for i, j in zip(edges[:-1], edges[1:], strict=True)]
+    random.shuffle(records)
+    assert_same(merge_all(records, ROWS), record_of(*parts))
+    flat = tuple(np.concatenate([part[row] for part in parts] or [[]]) for row in range(2))
+    whole = record_of(tuple(values.astype(np.float32) for values in flat))
+    assert np.array_equal(whole.keys, record_of(*parts).keys)
+    assert np.array_equal(whole.counts, record_of(*parts).counts)
+
+
+def test_merging_nothing_is_the_empty_record() -> None:
+    assert_same(merge_all([], ROWS), CalibrationRecord.empty(ROWS))
+
+
+def test_merging_many_records_holds_few_of_them_at_once() -> None:
+    """Memory may not grow with the number of shards (bounded memory)."""
+    alive: set[int] = set()
+    most = 0
+
+    class Counted(CalibrationRecord):
+        def __del__(self) -> None:
+            alive.discard(id(self))
+
+    def stream() -> Any:
+        nonlocal most
+        for i in range(256):
+            base = record_of((np.full(3, i, np.float32),) * 2)
+            record = Counted(
+                tensors=base.tensors,
+                keys=base.keys,
+                counts=base.counts,
+                extrema=base.extrema,
+                n_samples=base.n_samples,
+            )
+            alive.add(id(record))
+            most = max(most, len(alive))
+            yield record
+            del record
+
+    merged = merge_all(stream(), ROWS)
+    assert merged.n_samples == 256
+    assert merged.counts.sum() == 256 * 6
+    assert most <= 4
+
+
+def test_records_of_other_tensors_do_not_merge() -> None:
+    with pytest.raises(ValueError, match="different tensors"):
+        CalibrationRecord.empty(("a", "b")).merge(CalibrationRecord.empty(("b", "a")))
+
+
+@given(st.lists(samples, max_size=3), st.lists(samples, max_size=3))
+@settings(deadline=None)
+def test_digests_are_equal_exactly_where_the_contents_are(one: list[Any], other: list[Any]) -> None:
+    a, b = record_of(*one), record_of(*other)
+    same = (
+        a.n_samples == b.n_samples
+        and np.array_equal(a.keys, b.keys)
+        and np.array_equal(a.counts, b.counts)
+        and np.array_equal(a.extrema, b.extrema)
+    )
+    assert (a.digest == b.digest) == same
+
+
+names = st.lists(st.text("a\n|,\"'", max_size=3), min_size=1, max_size=3, unique=True).map(tuple)
+
+
+@given(names, names)
+@settings(deadline=None)
+@example(("a\nb", "c"), ("a", "b\nc"))
+def test_names_are_part_of_the_digest(one: tuple[str, ...], other: tuple[str, ...]) -> None:
+    same = CalibrationRecord.empty(one).digest == CalibrationRecord.empty(other).digest
+    assert same == (one == other)
+
+
+def test_the_sign_of_a_zero_extremum_does_not_change_the_digest() -> None:
+    plus = record_of((np.zeros(3, np.float32),) * 2)
+    minus = CalibrationRecord(
+        tensors=plus.tensors,
+        keys=plus.keys,
+        counts=plus.counts,
+        extrema=-plus.extrema,
+        n_samples=plus.n_samples,
+    )
+    assert np.signbit(minus.extrema).all()
+    assert minus.digest == plus.digest
+
+
+@given(samples)
+@settings(deadline=None)
+def test_a_row_gives_back_what_was_counted(part: Any) -> None:
+    record = record_of(part)
+    for row, name in enumerate(ROWS):
+        counts, extrema = counted_plainly(part[row])
+        histogram = record.histogram(name)
+        assert np.array_equal(histogram.bins, np.flatnonzero(counts))
+        assert np.array_equal(histogram.counts, counts[counts > 0])
+        assert (histogram.minimum, histogram.maximum) == tuple(extrema.astype(float))
+    assert "a" in record
+    assert "c" not in record
+    with pytest.raises(KeyError):
+        record.histogram("c")
+
+
+def test_a_record_refuses_arrays_that_do_not_fit() -> None:
+    empty = CalibrationRecord.empty(ROWS)
+    with pytest.raises(ValueError, match="do not fit together"):
+        CalibrationRecord(
+            tensors=("a",),
+            keys=empty.keys,
+            counts=empty.counts,
+            extrema=empty.extrema,
+            n_samples=0,
+        )
