@@ -76,7 +76,6 @@ CODES: dict[str, str] = {
     # 9xx: tracking and environment
     "QD901": "the MLflow server cannot be reached",
     "QD902": "the MLflow database cannot be used",
-    "QD903": "an optional package is missing",
 }
 """Code -> what it means, in a few words. Codes are never reused."""
 

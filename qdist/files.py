@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qdist.errors import ArtifactError
+from qdist.errors import ArtifactError, QdistError
 
 
 def make_folder(path: Path) -> Path:
@@ -38,6 +38,9 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except QdistError:
+        # Some of these are OSErrors too, and already say what is wrong.
+        raise
     except OSError as error:
         raise ArtifactError(
             "QD603",

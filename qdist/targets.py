@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import shlex
 import sys
 import threading
 from collections.abc import Callable
@@ -34,9 +34,11 @@ def load_target(target: str) -> Callable[..., Any]:
     if not separator or not place or not all(part.isidentifier() for part in name.split(".")):
         raise _unloadable(
             target,
-            got=repr(target),
+            got=f"{name!r}, which is no name"
+            if place and name
+            else "no module or no function name",
             expected="module:function or file.py:function",
-            mend="name the function after a colon, for example evaluate.py:accuracy",
+            mend="write both, with a colon between, for example evaluate.py:accuracy",
         )
     if place.endswith(".py"):
         with _LOADING:
@@ -65,7 +67,9 @@ def _import(target: str, place: str) -> ModuleType:
             target,
             got=f"{type(error).__name__}: {error}",
             expected="a module that can be imported",
-            mend="install it, put its folder on PYTHONPATH, or name its file: PATH.py:FUNCTION",
+            mend="install it, put its folder on PYTHONPATH, or name its file: PATH.py:FUNCTION"
+            if isinstance(error, ModuleNotFoundError)
+            else f"run 'python -c \"import {place}\"' to see the whole traceback",
         ) from error
 
 
@@ -99,7 +103,7 @@ def _load_file(target: str, file: Path) -> ModuleType:
             target,
             got=f"{type(error).__name__}: {error}",
             expected="a file that runs to its end",
-            mend=f"run it with Python to see the traceback, and correct it: {path}",
+            mend=f"run 'python {shlex.quote(str(path))}' to see the whole traceback",
         ) from error
     except BaseException:
         del sys.modules[name]
@@ -114,14 +118,15 @@ def _load_file(target: str, file: Path) -> ModuleType:
 
 
 def _functions(module: ModuleType) -> list[str]:
-    """Public callables that were defined in the module itself, in the order of the file."""
-    return [
-        name
+    """Public callables that were defined in the module itself: functions by name, then classes."""
+    own = [
+        (isinstance(value, type), name)
         for name, value in vars(module).items()
         if not name.startswith("_")
         and callable(value)
         and getattr(value, "__module__", None) == module.__name__
     ]
+    return [name for _, name in sorted(own)]
 
 
 def _unloadable(target: str, *, got: str, expected: str, mend: str) -> ConfigError:

@@ -87,6 +87,16 @@ def normal(*shape: int, seed: int = 0) -> NDArray[np.float32]:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+def floats(values: Any) -> NDArray[np.float32]:
+    """A float32 array of a number or of nested lists."""
+    return np.asarray(values, np.float32)
+
+
+def integers(values: Any) -> NDArray[np.int64]:
+    """An int64 array of a number or of nested lists."""
+    return np.asarray(values, np.int64)
+
+
 def samples_of(name: str, *shape: int, n: int = 4, seed: int = 1) -> HeldSamples:
     """Normal samples of one input, without the batch axis."""
     return HeldSamples(samples=[{name: array} for array in normal(n, *shape, seed=seed)])

@@ -15,11 +15,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from qdist.cli.groups import choices
 from qdist.cli.schema import CommandSettings
 from qdist.demo import demo_file
 from qdist.errors import ConfigError
+
+COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
+"""What Hydra lets through when it cannot compose a configuration."""
 
 
 def register_resolvers() -> None:
@@ -63,9 +67,10 @@ def _bad_option(got: str) -> ConfigError:
 
 def validated(config: DictConfig, schema: type[CommandSettings]) -> CommandSettings:
     """The configuration as frozen settings. Raises QD102, QD104, QD105, QD106."""
-    missing = sorted(_unset(OmegaConf.to_container(config, resolve=False)))
+    raw = OmegaConf.to_container(config, resolve=False)
+    missing = sorted(_unset(raw))
     if missing:
-        raise ConfigError(
+        raise _misspelt(raw, schema) or ConfigError(
             "QD105",
             where=missing[0],
             got="no value",
@@ -89,6 +94,17 @@ def validated(config: DictConfig, schema: type[CommandSettings]) -> CommandSetti
         raise _mismatch(error.errors()[0], schema) from error
 
 
+def _misspelt(raw: Any, schema: type[CommandSettings]) -> ConfigError | None:
+    """The error for an unknown key: it may be what was meant to give a missing value."""
+    try:
+        schema.model_validate(raw)
+    except ValidationError as error:
+        for details in error.errors():
+            if details["type"] == "extra_forbidden":
+                return _mismatch(details, schema)
+    return None
+
+
 def _unset(value: Any, path: str = "") -> list[str]:
     """Keys whose value is ``???``. Those that merely refer to one are left out."""
     if isinstance(value, dict):
@@ -98,17 +114,25 @@ def _unset(value: Any, path: str = "") -> list[str]:
 
 
 def from_hydra(
-    error: HydraException | OmegaConfBaseException,
+    error: HydraException | OmegaConfBaseException | YAMLError,
     schema: type[CommandSettings],
     extra: Path | None = None,
 ) -> ConfigError:
     """One line for whatever Hydra refused."""
+    if isinstance(error, YAMLError):
+        return ConfigError(
+            "QD106",
+            where="a group file",
+            got=" ".join(str(error).split()),
+            expected="YAML",
+            mend="correct the file at that line",
+        )
     text = str(error)
     cause = str(error.__cause__ or "")
     key = re.search(r"Could not override '([^']+)'", text)
     if (key is not None and "not in struct" in text + cause) or (key and "Key '" in text):
         return _unknown_key(schema, key.group(1))
-    group = re.search(r"(?:In '[^']*': )?Could not find '([^']+)'", text)
+    group = re.search(r"Could not (?:find|load) '([^']+)'", text)
     if group is not None:
         return _unknown_choice(group.group(1), schema, extra)
     wanted = re.search(r"You must specify '([^']+)'", text)
@@ -127,7 +151,7 @@ def from_hydra(
         )
     return ConfigError(
         "QD106",
-        where="the command line",
+        where=str(getattr(error, "override", None) or "the command line"),
         got=_first_line(error),
         expected="overrides of the form key=value or group=choice",
         mend="quote values that hold spaces or braces: 'key={a: 1}'",

@@ -81,12 +81,17 @@ def _run_hydra(command: str, words: list[str]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     import hydra
     from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import HydraException
     from hydra.types import RunMode
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from qdist.cli.compose import from_hydra, overrides_first, register_resolvers, validated
+    from qdist.cli.compose import (
+        COMPOSE_ERRORS,
+        from_hydra,
+        overrides_first,
+        register_resolvers,
+        validated,
+    )
     from qdist.cli.context import Context
     from qdist.cli.groups import config_folder
     from qdist.cli.schema import COMMANDS
@@ -131,7 +136,7 @@ def _run_hydra(command: str, words: list[str]) -> None:
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=command)(job)()
         if failed:
             raise failed[0]
-    except (HydraException, OmegaConfBaseException) as error:
+    except COMPOSE_ERRORS as error:
         raise from_hydra(error, schema, _extra_folder(words)) from error
     finally:
         sys.argv = before

@@ -20,7 +20,7 @@ class ModelConfig(Group):
     """The float model."""
 
     name: str = Field(min_length=1, description="names the output folder")
-    path: str = Field(description="the ONNX file; external data lies beside it")
+    path: str = Field(min_length=1, description="the ONNX file; external data lies beside it")
     provider: str = Field("CPUExecutionProvider", description="ONNX Runtime execution provider")
     threads: int = Field(1, ge=1, description="intra-op threads of each session")
 
@@ -118,7 +118,7 @@ class CalibrationConfig(Group):
 class StoreConfig(Group):
     """Where statistics are kept."""
 
-    path: str = Field(description="a folder; one store holds one calibration")
+    path: str = Field(min_length=1, description="a folder; one store holds one calibration")
 
 
 class RuleConfig(Group):
@@ -258,8 +258,8 @@ class TrackingConfig(Group):
 class OutputConfig(Group):
     """Where files go."""
 
-    root: str = Field(description="holds one folder a model, and the MLflow database")
-    folder: str = Field(description="this model's plan, artifact and reports")
+    root: str = Field(min_length=1, description="holds one folder a model, and the MLflow database")
+    folder: str = Field(min_length=1, description="this model's plan, artifact and reports")
 
 
 class CommandSettings(Group):
@@ -300,7 +300,7 @@ class EvaluateSettings(CommandSettings):
 
     data: DataConfig | None = None
     evaluation: EvaluationConfig
-    artifact: str = Field(description="the quantized model to score")
+    artifact: str = Field(min_length=1, description="the quantized model to score")
 
 
 class CompareSettings(CommandSettings):
@@ -312,7 +312,7 @@ class CompareSettings(CommandSettings):
     data: DataConfig
     target: TargetConfig
     compare: CompareConfig
-    plan: str = Field(description="the plan to compare")
+    plan: str = Field(min_length=1, description="the plan to compare")
 
 
 class TuneSettings(CommandSettings):
@@ -337,8 +337,8 @@ class EmitSettings(CommandSettings):
     """Write the artifact of a plan for a target."""
 
     target: TargetConfig
-    plan: str = Field(description="the plan to write")
-    artifact: str = Field(description="where to write it")
+    plan: str = Field(min_length=1, description="the plan to write")
+    artifact: str = Field(min_length=1, description="where to write it")
 
 
 COMMANDS: dict[str, type[CommandSettings]] = {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -13,15 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qdist.data.label import as_label
+from qdist.data.numpy_file import read_arrays
 from qdist.data.preprocess import Preprocess
 from qdist.data.source import Feeds
+from qdist.data.stored import unreadable
 from qdist.digest import digest_arrays
 from qdist.errors import ConfigError, DataError
 
-_SUFFIXES = (".npz", ".npy")
-
-# RuntimeError: zipfile's word for an encrypted member or an unknown compression.
-_READ_ERRORS = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+_MEND_LABEL = "store class numbers as integers, or choose another labels key"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,10 +106,12 @@ class ArraySource:
         if self.labels is None:
             return None
         if self.path.is_dir():
-            stored = _read(self._files[key], [self.labels])[self.labels]
-            return _as_label(stored, f"{self.path}, sample {key}, {self.labels}")
+            stored = read_arrays(self._files[key], [self.labels])[self.labels]
+            where = f"{self.path}, sample {key}, {self.labels}"
+            return as_label(stored, where, mend=_MEND_LABEL)
         labels = self._arrays[self.labels]
-        return _as_label(labels[self._index(key)], f"{self.path}, {self.labels}")
+        where = f"{self.path}, {self.labels}"
+        return as_label(labels[self._index(key)], where, mend=_MEND_LABEL)
 
     def _preprocess(self, name: str) -> Preprocess:
         if isinstance(self.preprocess, Preprocess):
@@ -123,7 +123,7 @@ class ArraySource:
         if self.path.is_dir():
             if key not in self._files:
                 raise _no_such_sample(self.path, key)
-            arrays = _read(self._files[key], list(self.inputs.values()))
+            arrays = read_arrays(self._files[key], list(self.inputs.values()))
             return {name: _native(arrays[member]) for name, member in self.inputs.items()}
         index = self._index(key)
         return {name: _native(self._arrays[member][index]) for name, member in self.inputs.items()}
@@ -137,7 +137,7 @@ class ArraySource:
     def _arrays(self) -> dict[str, NDArray[Any]]:
         """Key -> whole array, all of the same length."""
         labels = [] if self.labels is None else [self.labels]
-        arrays = _read(self.path, [*self.inputs.values(), *labels])
+        arrays = read_arrays(self.path, [*self.inputs.values(), *labels])
         for key, array in arrays.items():
             if array.ndim == 0:
                 raise DataError(
@@ -187,136 +187,15 @@ def _selected(path: Path, n: int, start: int, limit: int | None, suffix: str = "
     return chosen
 
 
-def _read(path: Path, members: list[str]) -> dict[str, NDArray[Any]]:
-    """The named arrays of one .npz file, or the one array of an .npy file under ``""``."""
-    if not path.exists():
-        raise DataError(
-            "QD301",
-            where=str(path),
-            got="no such file or folder",
-            expected="an .npz or .npy file, or a folder of .npz files",
-            mend="check the path; relative paths start at the working directory",
-        )
-    if path.suffix not in _SUFFIXES:
-        raise _unreadable(path, f"a file with the ending {path.suffix!r}")
-    try:
-        if path.suffix == ".npy":
-            return _read_npy(path, members)
-        with zipfile.ZipFile(path) as archive:
-            _check_members(path, members, [_stem(name) for name in archive.namelist()])
-            return {member: _read_member(path, archive, member) for member in members}
-    except _READ_ERRORS as error:
-        if isinstance(error, DataError):
-            raise
-        raise _unreadable(path, str(error) or type(error).__name__) from error
-
-
-def _read_npy(path: Path, members: list[str]) -> dict[str, NDArray[Any]]:
-    if members != [""]:
-        raise DataError(
-            "QD307",
-            where=str(path),
-            got=f"the keys {', '.join(repr(member) for member in members)} for an .npy file",
-            expected="one model input mapped to the empty key: an .npy file holds one array",
-            mend="set inputs={NAME: ''} without labels, or save an .npz file",
-        )
-    return {"": _load_npy(path)}
-
-
-def _load_npy(path: Path) -> NDArray[Any]:
-    """Memory-mapped where it holds anything, since an empty map is refused by the system."""
-    with path.open("rb") as stream:
-        array = np.lib.format.open_memmap(path, mode="r") if _has_items(stream) else None
-    return np.load(path, allow_pickle=False) if array is None else array
-
-
-def _has_items(stream: Any) -> bool:
-    shape, _, _ = _header(stream)
-    return 0 not in shape
-
-
-def _header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, Fortran order and dtype of the .npy data that starts here. Raises `ValueError`."""
-    version = np.lib.format.read_magic(stream)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(stream)
-    return np.lib.format.read_array_header_2_0(stream)
-
-
-def _stem(member: str) -> str:
-    return member.removesuffix(".npy")
-
-
-def _check_members(path: Path, wanted: list[str], there: list[str]) -> None:
-    missing = [key for key in wanted if key not in there]
-    if missing:
-        raise DataError(
-            "QD307",
-            where=str(path),
-            got=f"no array named {', '.join(repr(key) for key in missing)}",
-            expected=f"one of the arrays there: {', '.join(sorted(there)) or 'none'}",
-            mend="name the array with inputs={NAME: KEY} or labels=KEY",
-        )
-
-
-def _read_member(path: Path, archive: zipfile.ZipFile, member: str) -> NDArray[Any]:
-    """One array of an .npz: mapped where the archive stores it uncompressed."""
-    name = f"{member}.npy" if f"{member}.npy" in archive.namelist() else member
-    info = archive.getinfo(name)
-    with archive.open(info) as stream:
-        shape, fortran, dtype = _header(stream)
-        n_header_bytes = stream.tell()
-    if info.compress_type != zipfile.ZIP_STORED or 0 in shape or dtype.hasobject:
-        with archive.open(info) as stream:
-            return np.lib.format.read_array(stream, allow_pickle=False)
-    with path.open("rb") as raw:
-        # The local header repeats name and extra field, with an extra length of its own.
-        raw.seek(info.header_offset + 26)
-        lengths = raw.read(4)
-    n_name, n_extra = int.from_bytes(lengths[:2], "little"), int.from_bytes(lengths[2:], "little")
-    return np.memmap(
-        path,
-        mode="r",
-        dtype=dtype,
-        shape=shape,
-        order="F" if fortran else "C",
-        offset=info.header_offset + 30 + n_name + n_extra + n_header_bytes,
-    )
-
-
 def _native(array: NDArray[Any]) -> NDArray[Any]:
     """A plain array in native byte order that owns its memory; values unchanged."""
     return np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
 
 
-def _as_label(value: Any, where: str) -> NDArray[np.int64]:
-    label = np.asarray(value)
-    if label.dtype.kind not in "biu":
-        raise DataError(
-            "QD308",
-            where=where,
-            got=f"labels of dtype {label.dtype}",
-            expected="integers",
-            mend="store class numbers as integers, or choose another labels key",
-        )
-    return label.astype(np.int64)
-
-
-def _unreadable(path: Path, got: str) -> DataError:
-    return DataError(
-        "QD306",
-        where=str(path),
-        got=got,
-        expected="an .npz or .npy file of plain numbers, whole and without pickled objects",
-        mend="save the arrays again with numpy.savez or numpy.save",
-    )
-
-
 def _no_such_sample(path: Path, key: str) -> DataError:
-    return DataError(
-        "QD306",
-        where=str(path),
-        got=f"no sample {key!r}",
-        expected="a key that keys() lists",
-        mend="look the sample up by a key of this data set",
+    return unreadable(
+        path,
+        f"no sample {key!r}",
+        "a key that keys() lists",
+        "look the sample up by a key of this data set",
     )

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import importlib.util
-import inspect
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qdist.data.label import as_label
 from qdist.data.source import Feeds
+from qdist.data.stored import unreadable
 from qdist.digest import digest_arrays
 from qdist.errors import ConfigError, DataError
+from qdist.targets import load_target
 
 
 @dataclass(frozen=True, kw_only=True)
 class FunctionSource:
     """The samples that ``target`` returns when called with ``arguments``.
 
-    ``target``     "package.module:function" or "path/to/file.py:function".
+    ``target``     "package.module:function" or "path/to/file.py:function"; see
+                   `qdist.targets.load_target`.
     ``arguments``  keyword arguments; they travel to the workers, so they have to pickle.
 
     The function returns a sequence (an object with ``__len__`` and ``__getitem__`` is asked for one
@@ -67,7 +64,7 @@ class FunctionSource:
 
     @cached_property
     def _samples(self) -> Sequence[Any]:
-        function = load_function(self.target)
+        function = load_target(self.target)
         try:
             given = function(**self.arguments)
             lazy = hasattr(given, "__len__") and hasattr(given, "__getitem__")
@@ -109,78 +106,10 @@ class FunctionSource:
             raise _bad_sample(where, got, "a dict of arrays, or a pair (dict, label)")
         return (
             {str(name): _as_array(array, f"{where}, {name}") for name, array in arrays.items()},
-            None if label is None else _as_label(label, where),
+            None
+            if label is None
+            else as_label(label, where, mend="return class numbers as integers"),
         )
-
-
-def load_function(target: str) -> Callable[..., Any]:
-    """What "module:function" or "file.py:function" names. Raises QD108."""
-    place, colon, name = target.rpartition(":")
-    if not (colon and place and name):
-        raise _not_loaded(
-            target,
-            "no module or no function name",
-            "'package.module:function' or 'path/to/file.py:function'",
-            "write both, with a colon between",
-        )
-    module = _load_module(target, place)
-    function = getattr(module, name, None)
-    if not callable(function):
-        known = sorted(
-            known
-            for known, value in vars(module).items()
-            if inspect.isfunction(value) and value.__module__ == module.__name__
-        )
-        raise _not_loaded(
-            target,
-            f"no function {name!r} in {place}",
-            f"one of the functions there: {', '.join(known) or 'none'}",
-            "correct the name after the colon",
-        )
-    return function
-
-
-def _load_module(target: str, place: str) -> ModuleType:
-    is_file = place.endswith(".py")
-    path = Path(place).resolve()
-    if is_file and not path.is_file():
-        raise _not_loaded(
-            target,
-            f"no file {path}",
-            "an existing Python file",
-            "check the path; relative paths start at the working directory",
-        )
-    try:
-        return _execute_file(path) if is_file else importlib.import_module(place)
-    except Exception as error:
-        raise _not_loaded(
-            target,
-            f"{type(error).__name__}: {_last_line(error)}",
-            "a module that imports without an error",
-            f"run 'python {place}' to see the whole traceback"
-            if is_file
-            else f"run 'python -c \"import {place}\"' to see the whole traceback",
-        ) from error
-
-
-def _execute_file(path: Path) -> ModuleType:
-    """The module of one file, under a name made from its path and content."""
-    seed = str(path).encode() + b"\0" + path.read_bytes()
-    name = f"qdist_user_{path.stem}_{hashlib.sha256(seed).hexdigest()[:12]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"no loader for {path}")
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses and pickle look a class's module up here while and after it is executed.
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
 
 
 def _iterable(target: str, given: Any) -> Iterable[Any]:
@@ -205,28 +134,13 @@ def _as_array(value: Any, where: str) -> NDArray[Any]:
     return array
 
 
-def _as_label(value: Any, where: str) -> NDArray[np.int64]:
-    label = np.asarray(value)
-    if label.dtype.kind not in "biu":
-        raise DataError(
-            "QD308",
-            where=where,
-            got=f"a label of dtype {label.dtype}",
-            expected="an integer, or an array of integers",
-            mend="return class numbers as integers",
-        )
-    return label.astype(np.int64)
-
-
 def _last_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[-1] if lines else "(no message)"
 
 
 def _bad_sample(where: str, got: str, expected: str) -> DataError:
-    return DataError(
-        "QD306", where=where, got=got, expected=expected, mend="change what the function returns"
-    )
+    return unreadable(where, got, expected, "change what the function returns")
 
 
 def _not_loaded(target: str, got: str, expected: str, mend: str) -> ConfigError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import struct
 from dataclasses import dataclass, field, fields, replace
@@ -15,8 +14,10 @@ import PIL
 from numpy.typing import NDArray
 from PIL import Image
 
+from qdist.data.image_list import read_labels, read_list
 from qdist.data.preprocess import Preprocess
 from qdist.data.source import Feeds
+from qdist.data.stored import not_found, unreadable
 from qdist.errors import ConfigError, DataError
 
 SUFFIXES = frozenset(
@@ -192,9 +193,9 @@ class ImageSource:
     @cached_property
     def _keys(self) -> tuple[str, ...]:
         if not self.folder.is_dir():
-            raise _not_found(self.folder, "a folder of images")
+            raise not_found(self.folder, "a folder of images")
         if self.list_file is not None:
-            found = _listed(self.folder, self.list_file)
+            found = read_list(self.folder, self.list_file)
         else:
             found = sorted(
                 path.relative_to(self.folder).as_posix()
@@ -216,7 +217,7 @@ class ImageSource:
 
     @cached_property
     def _labels(self) -> dict[str, int]:
-        return _read_labels(self.labels_file) if self.labels_file is not None else {}
+        return read_labels(self.labels_file) if self.labels_file is not None else {}
 
     def _geometry(self, image: Image.Image, key: str) -> Image.Image:
         if self.letterbox is not None:
@@ -242,12 +243,11 @@ class ImageSource:
         return image.crop((left, top, left + self.crop, top + self.crop))
 
     def _unreadable(self, key: str, error: BaseException) -> DataError:
-        return DataError(
-            "QD306",
-            where=str(self.folder / key),
-            got=str(error) or type(error).__name__,
-            expected="an image file that Pillow decodes, 8 bits per channel",
-            mend="replace the file, or leave it out with a list file",
+        return unreadable(
+            self.folder / key,
+            str(error) or type(error).__name__,
+            "an image file that Pillow decodes, 8 bits per channel",
+            "replace the file, or leave it out with a list file",
         )
 
 
@@ -265,75 +265,6 @@ def _letterboxed(image: Image.Image, height: int, width: int, pad: int) -> Image
     canvas = Image.new(image.mode, (width, height), pad if image.mode == "L" else (pad, pad, pad))
     canvas.paste(inner, (0, 0))
     return canvas
-
-
-def _listed(folder: Path, list_file: Path) -> list[str]:
-    """The list file's paths in order. Raises QD301 (a file is not there), QD306 (named twice)."""
-    found: dict[str, int] = {}
-    for number, line in enumerate(_lines(list_file), start=1):
-        if not (name := line.strip()):
-            continue
-        key = Path(name).as_posix()
-        if key in found:
-            raise DataError(
-                "QD306",
-                where=f"{list_file}, line {number}",
-                got=f"{key} for the second time, after line {found[key]}",
-                expected="every file once",
-                mend="remove one of the two lines",
-            )
-        if not (folder / key).is_file():
-            raise _not_found(folder / key, f"the file that {list_file}, line {number} names")
-        found[key] = number
-    return list(found)
-
-
-def _read_labels(path: Path) -> dict[str, int]:
-    """File -> label. Raises QD301, QD306, QD308 (a row that cannot be understood)."""
-    labels: dict[str, int] = {}
-    for number, row in enumerate(csv.reader(_lines(path)), start=1):
-        if not row:
-            continue
-        value = row[1].strip() if len(row) == 2 else ""
-        is_number = value.removeprefix("-").isdecimal()
-        if number == 1 and len(row) == 2 and not is_number and not Path(row[0]).suffix:
-            continue  # a header such as "file,label"
-        key = Path(row[0].strip()).as_posix()
-        if not is_number or labels.get(key, int(value)) != int(value):
-            raise DataError(
-                "QD308",
-                where=f"{path}, line {number}",
-                got=f"{','.join(row)!r}" + (" beside another label for it" if is_number else ""),
-                expected="rows 'file,label' with an integer label, one per file",
-                mend="correct the row",
-            )
-        labels[key] = int(value)
-    return labels
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError as error:
-        raise _not_found(path, "a text file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            "QD306",
-            where=str(path),
-            got=str(error),
-            expected="a readable text file in UTF-8",
-            mend="save the file as UTF-8",
-        ) from error
-
-
-def _not_found(path: Path, expected: str) -> DataError:
-    return DataError(
-        "QD301",
-        where=str(path),
-        got="no such file or folder",
-        expected=expected,
-        mend="check the path; relative paths start at the working directory",
-    )
 
 
 def _contradiction(got: str, expected: str) -> ConfigError:

@@ -3,7 +3,8 @@
 ``report``    what an evaluation found.
 ``metrics``   named metrics, with and without labels.
 ``builtin``   runs a model over a data set and measures metrics.
-``command``   the user's own script, in a process group of its own.
+``command``   the user's own script, in a folder of its own (``folder``), contained in a session of
+              its own (``supervised``, ``supervisor``); ``result`` reads what it left.
 ``function``  the user's own Python function.
 ``scorer``    any of the three, behind one function.
 ``compare``   layer by layer, fed by float inputs and by the quantized model's own.

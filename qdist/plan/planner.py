@@ -86,7 +86,9 @@ class Planner:
         )
 
     def weight_elements(self, layer: Layer) -> int:
-        """How many weight values the layer has."""
+        """How many weight values a matmul- or conv-like layer has; 0 for any other."""
+        if not layer.is_compute:
+            return 0
         return sum(
             int(np.prod(self.graph.weights.shape(w.tensor), dtype=np.int64)) for w in layer.weights
         )

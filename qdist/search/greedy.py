@@ -35,14 +35,16 @@ class GreedySettings:
 
 class Greedy:
     """The strategy. ``plain``: the choice of every layer in the plain plan. ``sensitivity``: for
-    each precision, layer -> error when that layer alone has it; its keys are the layers that may
-    change, and larger is worse."""
+    each precision, layer -> relative L2 error when that layer alone has it; its keys are the layers
+    that may change. ``n_weights``: layer -> how many weights it has. Layers are lowered in the
+    order of squared error per weight, and those without weights not at all."""
 
     def __init__(
         self,
         plain: Choices,
         sensitivity: Mapping[str, Mapping[str, float]],
         settings: GreedySettings,
+        n_weights: Mapping[str, int],
     ) -> None:
         self._plain = dict(plain)
         self._settings = settings
@@ -51,7 +53,12 @@ class Greedy:
         self._layers = [name for name in plain if name in default]
         self._worst_first = _ordered(self._layers, default, descending=True)
         low = sensitivity.get(settings.low or "", default)
-        self._least_first = _ordered(self._layers, low, descending=False)
+        price = {
+            name: low.get(name, 0.0) ** 2 / n_weights[name]
+            for name in self._layers
+            if n_weights.get(name)
+        }
+        self._least_first = _ordered(list(price), price, descending=False)
         self._trials: list[Trial] = []
         self._asked: set[str] = set()
         self._n = 0

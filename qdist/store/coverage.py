@@ -32,7 +32,8 @@ def cover(grid: Sequence[Batch], receipts: Iterable[ShardReceipt]) -> Coverage:
     left = dict.fromkeys(grid)
     chosen = []
     for receipt in sorted(receipts, key=lambda r: (-r.n_samples, r.shard_id)):
-        if receipt.batches and all(batch in left for batch in receipt.batches):
+        batches = set(receipt.batches)
+        if len(receipt.batches) == len(batches) > 0 and batches <= left.keys():
             chosen.append(receipt)
             for batch in receipt.batches:
                 del left[batch]

@@ -2,19 +2,23 @@
 
 Layout (schema 1)::
 
-    zarr.json                   group; attributes: schema, identity, taps
-    records/<shard id>/         group of arrays key int64[m], count uint64[m], extrema float32[n,2]
-    receipts/<shard id>/        group; attributes: the receipt. Created last, only if absent
-    merged/<name>/              group of the same three arrays
-    finished/<name>/            group; attributes: what was merged, and its digest
-    head.json                   name of the last finished merge
+    zarr.json                     group; attributes: schema, identity, taps
+    records/<shard id>/<write>/   group of arrays key int64[m], count uint64[m] and
+                                  extrema float32[n, 2]
+    receipts/<shard id>/          group; attributes: the receipt, and the folder of its record.
+                                  Created last, only if absent
+    merged/<name>/<write>/        group of the same three arrays
+    finished/<name>/              group; attributes: what was merged, its digest and its folder
+    head.json                     name of the last finished merge
 
-Every chunk carries a CRC-32C, and every record a SHA-256 in its receipt.
+Every write goes to a folder of its own, so that a committed record is never written again. Every
+chunk carries a CRC-32C, and every record a SHA-256 in its receipt.
 """
 
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +39,9 @@ from qdist.store.identity import Identity
 from qdist.store.receipt import ShardReceipt
 
 SCHEMA = 1
+
+_UNREADABLE = (AttributeError, KeyError, TypeError, ValueError, OSError, RuntimeError)
+"""What Zarr, its codecs and our own parsing raise on damaged metadata and chunks."""
 
 
 class ZarrStore:
@@ -91,16 +98,15 @@ class ZarrStore:
                 mend="run qdist calibrate with the same model and store.path first",
             )
         try:
-            about = dict(zarr.open_group(LocalStore(path, read_only=True), mode="r").attrs)
-            own = cast(dict[str, Any], about["qdist"])
+            own = _attributes(LocalStore(path, read_only=True), "")["qdist"]
             schema = own["schema"]
-        except (KeyError, ValueError, OSError) as error:
+        except _UNREADABLE as error:
             raise _bad_schema(path, "a Zarr group that qdist did not make") from error
         if schema != SCHEMA:
             raise _bad_schema(path, f"schema {schema}")
         try:
             return cls(path, Identity.from_json(own["identity"]), _taps_from_json(own["taps"]))
-        except (KeyError, TypeError) as error:
+        except _UNREADABLE as error:
             raise _bad_schema(path, "incomplete attributes") from error
 
     @property
@@ -114,29 +120,40 @@ class ZarrStore:
         return self._taps
 
     def commit(self, receipt: ShardReceipt, record: CalibrationRecord) -> bool:
-        """Keep a shard's record; False when another process was first. Raises QD404."""
+        """Keep a shard's record; False when another process was first. Raises QD404.
+
+        A receipt that cannot be read counts as absent here too, and is replaced.
+        """
+        key = f"receipts/{receipt.shard_id}"
         with _writing(self.path):
-            self._write_record(f"records/{receipt.shard_id}", record)
-            return _create_group(
-                self._store, f"receipts/{receipt.shard_id}", {"receipt": receipt.to_json()}
-            )
+            # In this order: a receipt is there whole or not at all, so one that is there and cannot
+            # be read is damaged, while one that cannot be read may have come a moment later.
+            if sync(self._store.exists(f"{key}/zarr.json")):
+                if self._receipt(receipt.shard_id) is not None:
+                    return False
+                sync(self._store.delete_dir(key))
+            folder = self._write_record(f"records/{receipt.shard_id}", record)
+            attributes = {"receipt": receipt.to_json(), "record": folder}
+            is_first = _create_group(self._store, key, attributes)
+            if not is_first:
+                sync(self._store.delete_dir(folder))
+            return is_first
 
     def receipts(self) -> list[ShardReceipt]:
         """All committed shards, sorted by id. Damaged receipts count as absent."""
-        found = []
-        for name in self._children("receipts"):
-            try:
-                attributes = zarr.open_group(self._store, path=f"receipts/{name}", mode="r").attrs
-                found.append(ShardReceipt.from_json(cast(dict[str, Any], attributes["receipt"])))
-            except (KeyError, TypeError, ValueError, OSError):
-                continue
-        return sorted(found, key=lambda receipt: receipt.shard_id)
+        found = (self._receipt(name) for name in self._children("receipts"))
+        return sorted(
+            (kept[0] for kept in found if kept is not None), key=lambda receipt: receipt.shard_id
+        )
 
     def read(self, receipt: ShardReceipt) -> CalibrationRecord:
         """The record of a committed shard. Raises QD403 when it is damaged or missing."""
-        record = self._read_record(f"records/{receipt.shard_id}", receipt.n_samples)
+        kept = self._receipt(receipt.shard_id)
+        if kept is None:
+            raise _damaged(self.path, f"receipts/{receipt.shard_id}", "no receipt")
+        record = self._read_record(kept[1], receipt.n_samples)
         if record.digest != receipt.record_digest:
-            raise _damaged(self.path, f"records/{receipt.shard_id}", "another digest")
+            raise _damaged(self.path, kept[1], "another digest")
         return record
 
     def discard(self, shard_id: str) -> None:
@@ -147,11 +164,18 @@ class ZarrStore:
 
     def finish(self, name: str, record: CalibrationRecord, about: dict[str, Any]) -> None:
         """Keep a merged record under ``name`` and make it the latest. Raises QD404."""
+        key = f"finished/{name}"
         with _writing(self.path):
-            if name not in self._children("finished"):
-                self._write_record(f"merged/{name}", record)
-                told = {"about": about, "digest": record.digest, "n_samples": record.n_samples}
-                _create_group(self._store, f"finished/{name}", told)
+            if not self._holds(name, record.digest):
+                sync(self._store.delete_dir(key))
+                folder = self._write_record(f"merged/{name}", record)
+                attributes = {
+                    "about": about,
+                    "digest": record.digest,
+                    "n_samples": record.n_samples,
+                    "record": folder,
+                }
+                _create_group(self._store, key, attributes)
             head = json.dumps({"finished": name}).encode()
             sync(self._store.set("head.json", default_buffer_prototype().buffer.from_bytes(head)))
 
@@ -168,15 +192,41 @@ class ZarrStore:
             )
         try:
             name = str(json.loads(head.to_bytes())["finished"])
-            group = zarr.open_group(self._store, path=f"finished/{name}", mode="r")
-            told = dict(group.attrs)
-            n_samples, digest = int(cast(int, told["n_samples"])), str(told["digest"])
-        except (KeyError, TypeError, ValueError, OSError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise _damaged(self.path, "head.json", str(error)) from error
-        record = self._read_record(f"merged/{name}", n_samples)
+        return self._finished(name)
+
+    def _finished(self, name: str) -> tuple[CalibrationRecord, dict[str, Any]]:
+        """A merged record and what was said about it. Raises QD403."""
+        key = f"finished/{name}"
+        try:
+            told = _attributes(self._store, key)
+            n_samples, digest = int(told["n_samples"]), str(told["digest"])
+            about, folder = dict(told["about"]), str(told["record"])
+        except _UNREADABLE as error:
+            raise _damaged(self.path, key, str(error)) from error
+        record = self._read_record(folder, n_samples)
         if record.digest != digest:
-            raise _damaged(self.path, f"merged/{name}", "another digest")
-        return record, cast(dict[str, Any], told["about"])
+            raise _damaged(self.path, folder, "another digest")
+        return record, about
+
+    def _holds(self, name: str, digest: str) -> bool:
+        """Whether this very record is kept under ``name``, undamaged."""
+        if name not in self._children("finished"):
+            return False
+        try:
+            return self._finished(name)[0].digest == digest
+        except StoreError:
+            return False
+
+    def _receipt(self, shard_id: str) -> tuple[ShardReceipt, str] | None:
+        """A shard's receipt and the folder of its record; None where absent or damaged."""
+        try:
+            told = _attributes(self._store, f"receipts/{shard_id}")
+            receipt = ShardReceipt.from_json(told["receipt"])
+            return (receipt, str(told["record"])) if receipt.shard_id == shard_id else None
+        except _UNREADABLE:
+            return None
 
     def _children(self, folder: str) -> list[str]:
         async def names() -> list[str]:
@@ -184,8 +234,10 @@ class ZarrStore:
 
         return sorted(name for name in sync(names()) if name != "zarr.json")
 
-    def _write_record(self, folder: str, record: CalibrationRecord) -> None:
-        group = zarr.create_group(self._store, path=folder, overwrite=True)
+    def _write_record(self, parent: str, record: CalibrationRecord) -> str:
+        """Write the arrays into a new folder below ``parent``, and return it."""
+        folder = f"{parent}/{uuid.uuid4().hex}"
+        group = zarr.create_group(self._store, path=folder)
         arrays: dict[str, NDArray[Any]] = {
             "key": record.keys,
             "count": record.counts,
@@ -205,6 +257,7 @@ class ZarrStore:
                 config={"write_empty_chunks": True},
             )
             array[...] = values
+        return folder
 
     def _read_record(self, folder: str, n_samples: int) -> CalibrationRecord:
         try:
@@ -220,7 +273,7 @@ class ZarrStore:
                 extrema=extrema.astype(np.float32, copy=False),
                 n_samples=n_samples,
             )
-        except (KeyError, ValueError, OSError, RuntimeError) as error:
+        except _UNREADABLE as error:
             raise _damaged(self.path, folder, str(error)) from error
 
 
@@ -234,6 +287,11 @@ def _create_group(store: LocalStore, path: str, attributes: dict[str, Any]) -> b
     sync(store.set_if_not_exists(key, data))
     written = sync(store.get(key, default_buffer_prototype()))
     return written is not None and written.to_bytes() == data.to_bytes()
+
+
+def _attributes(store: LocalStore, path: str) -> dict[str, Any]:
+    """A group's attributes. Raises one of `_UNREADABLE` where there is no sound group."""
+    return cast(dict[str, Any], dict(zarr.open_group(store, path=path, mode="r").attrs))
 
 
 def _taps_json(taps: TapTable) -> dict[str, Any]:
@@ -266,8 +324,12 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _refuse_foreign_folder(path: Path) -> None:
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise _bad_schema(path, "a file" if path.is_file() else "a folder with other files in it")
+    if path.is_file():
+        raise _bad_schema(path, "a file")
+    # What Zarr leaves where a process died while it made the store, or makes it right now.
+    own = (".partial", "zarr.json")
+    if path.is_dir() and any(not entry.name.endswith(own) for entry in path.iterdir()):
+        raise _bad_schema(path, "a folder with other files in it")
 
 
 def _bad_schema(path: Path, got: str) -> StoreError:

@@ -1,9 +1,10 @@
 """The range of least information loss (``kl``).
 
 Method of S. Migacz, "8-bit inference with TensorRT" (GTC 2017): the |x| go into linear bins; for
-every candidate bound, P is the clipped distribution with the tail added to its last bin, Q is P squeezed
-into the quantizer's levels and spread back over the bins that were not empty; the bound with the
-least Kullback-Leibler divergence KL(P||Q) wins. Linear bins are filled from the stored density.
+every candidate bound, P is the clipped distribution with the tail added to its last bin, Q is P
+squeezed into the quantizer's levels and spread back over the bins that were not empty; the bound
+with the least Kullback-Leibler divergence KL(P||Q) wins. Linear bins are filled from the stored
+density.
 """
 
 from __future__ import annotations

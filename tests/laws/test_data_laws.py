@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from qdist.data.manifest import SampleManifest
 from qdist.data.shards import cut_shards, micro_batches
 from qdist.data.source import DataSource, Feeds
-from qdist.data.text import Tokenizer
+from qdist.data.tokenizer import Tokenizer
 from qdist.digest import digest_arrays
 
 

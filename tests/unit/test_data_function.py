@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import pickle
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from qdist.data.function import FunctionSource, load_function
+from qdist.data.function import FunctionSource
 from qdist.errors import ConfigError, DataError, QdistError
+from qdist.targets import load_target
 
 MODULE = """
 from __future__ import annotations
@@ -56,6 +58,13 @@ def _private():
 """
 
 
+@pytest.fixture(autouse=True)
+def _clean_path() -> Iterator[None]:
+    path = list(sys.path)
+    yield
+    sys.path[:] = path
+
+
 @pytest.fixture
 def mine(tmp_path: Path) -> str:
     (tmp_path / "mine.py").write_text(MODULE)
@@ -96,10 +105,10 @@ def test_a_module_on_the_path_and_arguments_survive_pickling(
 
 
 def test_a_changed_file_is_loaded_anew(mine: str) -> None:
-    first = load_function(f"{mine}:number")
-    assert load_function(f"{mine}:number") is first
+    first = load_target(f"{mine}:number")
+    assert load_target(f"{mine}:number") is first
     Path(mine).write_text(MODULE.replace("return 3", "return 4"))
-    assert load_function(f"{mine}:number")() == 4
+    assert load_target(f"{mine}:number")() == 4
 
 
 @pytest.mark.parametrize(
@@ -122,7 +131,7 @@ def test_places_that_cannot_be_loaded(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("def f(:\n")
     (tmp_path / "raises.py").write_text("raise RuntimeError('no licence')\n")
     cases = {
-        f"{tmp_path}/none.py:f": "no file",
+        f"{tmp_path}/none.py:f": "No such file",
         f"{tmp_path}/broken.py:f": "SyntaxError",
         f"{tmp_path}/raises.py:f": "RuntimeError: no licence",
         "no_such_module_anywhere:f": "ModuleNotFoundError",
@@ -131,7 +140,7 @@ def test_places_that_cannot_be_loaded(tmp_path: Path) -> None:
     for target, says in cases.items():
         with pytest.raises(ConfigError, match=f"QD108.*{says}"):
             FunctionSource(target=target).keys()
-    assert not [name for name in sys.modules if name.startswith("qdist_user_raises")]
+    assert not [name for name in sys.modules if name.startswith("_qdist_target_raises")]
 
 
 @pytest.mark.parametrize(

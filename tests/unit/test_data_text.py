@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qdist.data.text import TextSource, Tokenizer
+from qdist.data.text import TextSource
+from qdist.data.tokenizer import Tokenizer
 from qdist.errors import ConfigError, DataError
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "assets"

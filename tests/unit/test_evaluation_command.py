@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 
 from qdist.errors import ArtifactError, ConfigError, EvaluationError
-from qdist.evaluate.command import CommandError, CommandEvaluation, parse_numbers
+from qdist.evaluate.command import CommandError, CommandEvaluation
+from qdist.evaluate.result import parse_numbers
 
 
 @pytest.fixture

@@ -118,7 +118,11 @@ def _search(
     with context.console.status("measuring how sensitive each layer is"):
         errors = _sensitivities(context, frozen, planner, target, source, choices)
     strategy = make_strategy(
-        settings.search.strategy, choices, errors, domain.greedy(settings.search)
+        settings.search.strategy,
+        choices,
+        errors,
+        domain.greedy(settings.search),
+        {layer.name: planner.weight_elements(layer) for layer in planner.choosable()},
     )
     setup = TrialSetup(
         frozen=frozen,

@@ -1,0 +1,36 @@
+"""The experiment that takes the runs, found by its name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qdist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+def find_experiment(client: MlflowClient, name: str, *, location: str | None) -> str:
+    """The id of experiment ``name``, created if missing. Raises QD104 if it was deleted.
+
+    ``location`` is where a new one keeps its artifacts; None leaves that to the server.
+    """
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except MlflowException:
+            found = client.get_experiment_by_name(name)  # another driver was faster
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        raise ConfigError(
+            "QD104",
+            where="tracking.experiment",
+            got=f"{name!r}, which was deleted",
+            expected="an active experiment",
+            mend=f"choose another name, or: mlflow experiments restore -x {found.experiment_id}",
+        )
+    return str(found.experiment_id)
