@@ -87,6 +87,19 @@ def _load_file(target: str, file: Path) -> ModuleType:
     name = f"_qdist_target_{path.stem}_{digest_bytes(str(path).encode(), content)[:16]}"
     if name in sys.modules:
         return sys.modules[name]
+    try:
+        return _run_file(name, path, content)
+    except (Exception, SystemExit) as error:
+        raise _unloadable(
+            target,
+            got=f"{type(error).__name__}: {error}",
+            expected="a file that runs to its end",
+            mend=f"run 'python {shlex.quote(str(path))}' to see the whole traceback",
+        ) from error
+
+
+def _run_file(name: str, path: Path, content: bytes) -> ModuleType:
+    """The module ``name`` of one file. Raises whatever the file raises."""
     module = ModuleType(name)
     module.__file__ = str(path)
     # Registered before it runs: dataclasses and pickle look a class's module up by name.
@@ -97,14 +110,6 @@ def _load_file(target: str, file: Path) -> ModuleType:
         # Compiled here rather than by Python's loader, whose cached bytecode goes by size and
         # time in seconds, and so may be older than the content that was just read.
         exec(compile(content, str(path), "exec", dont_inherit=True), vars(module))
-    except (Exception, SystemExit) as error:
-        del sys.modules[name]
-        raise _unloadable(
-            target,
-            got=f"{type(error).__name__}: {error}",
-            expected="a file that runs to its end",
-            mend=f"run 'python {shlex.quote(str(path))}' to see the whole traceback",
-        ) from error
     except BaseException:
         del sys.modules[name]
         raise

@@ -7,7 +7,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException
@@ -36,10 +36,12 @@ def register_resolvers() -> None:
         OmegaConf.register_new_resolver(name, function, replace=True)
 
 
-def overrides_first(words: Sequence[str]) -> list[str]:
-    """Words in the order that Hydra's parser wants: it takes overrides only in one piece.
+def hydra_words(words: Sequence[str], schema: type[CommandSettings]) -> list[str]:
+    """The user's words as Hydra takes them.
 
-    Raises QD106 for options that Hydra does not have.
+    Overrides come first, since Hydra's parser wants them in one piece; and keys that exist but
+    stand in no group file (``data.calibration.limit``) are added rather than refused. Raises QD106
+    for options that Hydra does not have.
     """
     parser = get_args_parser()
     parser.exit_on_error = False  # it would print the usage of Hydra, and end the process
@@ -52,7 +54,24 @@ def overrides_first(words: Sequence[str]) -> list[str]:
     options = list(words)
     for word in parsed.overrides:
         options.remove(word)
-    return [*parsed.overrides, *options]
+    return [*(_added(word, schema) for word in parsed.overrides), *options]
+
+
+def _added(word: str, schema: type[CommandSettings]) -> str:
+    path = word.partition("=")[0].split(".")
+    return f"++{word}" if len(path) > 1 and _exists(schema, path) else word
+
+
+def _exists(schema: type[BaseModel], path: Sequence[str]) -> bool:
+    """Whether a configuration may have this key; a mapping may have any key."""
+    models: list[type[BaseModel]] = [schema]
+    for i, part in enumerate(path):
+        fields = [m.model_fields[part] for m in models if part in m.model_fields]
+        models = [model for field in fields for model in _models_of(field.annotation)]
+        if not models:
+            is_last = i == len(path) - 1
+            return any(is_last or get_origin(f.annotation) is dict for f in fields)
+    return True
 
 
 def _bad_option(got: str) -> ConfigError:

@@ -18,6 +18,7 @@ from qdist.errors import ConfigError, QdistError
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+_MAX_NAME = 120  # file systems end at 255 bytes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,7 +89,7 @@ def _run_hydra(command: str, words: list[str]) -> None:
     from qdist.cli.compose import (
         COMPOSE_ERRORS,
         from_hydra,
-        overrides_first,
+        hydra_words,
         register_resolvers,
         validated,
     )
@@ -98,6 +99,7 @@ def _run_hydra(command: str, words: list[str]) -> None:
 
     register_resolvers()
     schema = COMMANDS[command]
+    given = hydra_words(words, schema)
     module = importlib.import_module(f"qdist.cli.commands.{command}")
 
     # Hydra prints a traceback's worth of text for an exception, so errors go around it.
@@ -113,12 +115,15 @@ def _run_hydra(command: str, words: list[str]) -> None:
 
     def run_one(config: DictConfig) -> None:
         sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
+        # What the jobs of a sweep differ in: the words that are not the user's own any more.
+        swept = [w for w in HydraConfig.get().overrides.task if w not in given]
+        label = ",".join(swept).replace("++", "") or "job"
         if sweeping:
-            _separate(config, HydraConfig.get().job.override_dirname)
+            _separate(config, label)
         settings = validated(config, schema)
         console = Console()
         if sweeping:
-            console.rule(HydraConfig.get().job.override_dirname or command)
+            console.rule(label)
         plain = cast(Mapping[str, Any], OmegaConf.to_container(config, resolve=True))
         module.run(
             Context(
@@ -131,7 +136,7 @@ def _run_hydra(command: str, words: list[str]) -> None:
         )
 
     before = sys.argv
-    sys.argv = [f"qdist {command}", *overrides_first(words)]
+    sys.argv = [f"qdist {command}", *given]
     try:
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=command)(job)()
         if failed:
@@ -142,12 +147,16 @@ def _run_hydra(command: str, words: list[str]) -> None:
         sys.argv = before
 
 
-def _separate(config: Any, overrides: str) -> None:
+def _separate(config: Any, label: str) -> None:
     """In a sweep every job gets its own output folder, so that none overwrites another's."""
     from omegaconf import open_dict
 
+    from qdist.digest import digest_json
+
+    name = label.replace("/", "_")
+    if len(name) > _MAX_NAME:
+        name = f"{name[:_MAX_NAME]}-{digest_json(label)[:8]}"
     with open_dict(config):
-        name = overrides.replace("/", "_") or "job"
         config.output.folder = str(Path(str(config.output.folder)) / "sweep" / name)
 
 

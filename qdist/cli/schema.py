@@ -188,6 +188,9 @@ class MetricConfig(Group):
 class CommandConfig(Group):
     """The user's own script."""
 
+    # `--batch 8` is words to a command, though YAML reads a number.
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
     kind: Literal["command"]
     command: list[str] = Field(description="program and arguments; {model} is the artifact")
     folder: str | None = Field(None, description="copied for every run, which works in the copy")

@@ -21,8 +21,9 @@ from qdist.model.weights import external_range, n_bytes_of
 from qdist.simulate.assemble import QuantizedGraph
 from qdist.simulate.pairs import IntegerWeight
 
-INLINE_LIMIT_BYTES = 1 << 30
-"""Weights beyond this go outside; protobuf itself ends at 2 GiB."""
+INLINE_LIMIT_BYTES = 1 << 28
+"""Weights beyond this go outside. Protobuf ends at 2 GiB, and what is inline is held in memory
+twice while it is written, and twice more while it is checked and loaded."""
 _KEEP_INLINE_BYTES = 1024
 _ALIGNMENT = 4096
 _BLOCK_BYTES = 1 << 24

@@ -149,8 +149,8 @@ class QuantizationPlan:
         if value["qdist_plan"] != SCHEMA:
             raise ValueError(f"schema {value['qdist_plan']}, this version reads {SCHEMA}")
         return cls(
-            model_digest=value["model_digest"],
-            statistics_digest=value["statistics_digest"],
+            model_digest=str(value["model_digest"]),
+            statistics_digest=str(value["statistics_digest"]),
             layers=tuple(LayerPlan.from_json(v) for v in value["layers"]),
             notes=tuple(value["notes"]),
         )

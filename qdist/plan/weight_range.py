@@ -67,7 +67,10 @@ def _squared_error(
     values: NDArray[np.float32], bounds: NDArray[np.float64], levels: Levels
 ) -> NDArray[np.float64]:
     """Summed squared error of each row."""
-    scale = np.where(bounds > 0, bounds / levels.high, 1.0).astype(np.float32)[:, None]
+    # A float32 scale that underflows would divide 0 by 0; targets raise it likewise.
+    least = np.finfo(np.float32).tiny
+    scale = np.where(bounds > 0, np.maximum(bounds / levels.high, least), 1.0)
+    scale = scale.astype(np.float32)[:, None]
     q = np.clip(np.rint(values / scale), levels.low, levels.high) * scale
     return np.asarray(np.square(values - q).sum(axis=1, dtype=np.float64))
 

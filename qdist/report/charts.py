@@ -57,7 +57,13 @@ class Axis:
 
 
 def make_axis(
-    values: Iterable[float], start: float, end: float, *, n_ticks: int = 5, from_zero: bool = False
+    values: Iterable[float],
+    start: float,
+    end: float,
+    *,
+    n_ticks: int = 5,
+    from_zero: bool = False,
+    least_step: float = 0.0,
 ) -> Axis:
     """An axis over the finite values with a little room, or from zero, that ends on round values.
 
@@ -70,9 +76,10 @@ def make_axis(
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         room = 0.05 * abs(high) or 1.0
         low, high = low if from_zero else low - room, high + room
-    step = _round_step((high - low) / n_ticks)
-    low = math.floor(low / step + 1e-9) * step
-    high = math.ceil(high / step - 1e-9) * step
+    step = max(_round_step((high - low) / n_ticks), least_step)
+    # A multiple of the step may miss the value it stands for by a rounding error.
+    low = min(low, math.floor(low / step + 1e-9) * step)
+    high = max(high, math.ceil(high / step - 1e-9) * step)
     return Axis(low=low, high=high, start=start, end=end, step=step)
 
 
@@ -195,11 +202,11 @@ def progress_chart(summary: Summary, trials: Sequence[TrialRow]) -> TrialChart:
     rows = sorted(trials, key=lambda row: row.number)
     scored = [row for row in rows if row.score is not None]
     numbers = [float(row.number) for row in rows]
-    x_axis = make_axis(numbers, _LEFT + _ROOM, _RIGHT - _ROOM, n_ticks=6)
+    x_axis = make_axis(numbers, _LEFT + _ROOM, _RIGHT - _ROOM, n_ticks=6, least_step=1.0)
     y_axis = _score_axis(summary, scored)
     return TrialChart(
         x_title="trial",
-        x_ticks=[tick for tick in x_axis.ticks() if "." not in tick.label],
+        x_ticks=x_axis.ticks(),
         y_ticks=y_axis.ticks(),
         marks=_marked_last([_mark(row, x_axis.at(row.number), y_axis) for row in rows]),
         float_y=None if summary.float_score is None else y_axis.at(summary.float_score),

@@ -40,7 +40,15 @@ from qdist.store.receipt import ShardReceipt
 
 SCHEMA = 1
 
-_UNREADABLE = (AttributeError, KeyError, TypeError, ValueError, OSError, RuntimeError)
+_UNREADABLE = (
+    ArithmeticError,
+    AttributeError,
+    KeyError,
+    TypeError,
+    ValueError,
+    OSError,
+    RuntimeError,
+)
 """What Zarr, its codecs and our own parsing raise on damaged metadata and chunks."""
 
 

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnx.checker
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
@@ -19,11 +17,10 @@ from qdist.calibration import first_feeds, input_specs
 from qdist.data.source import Feeds
 from qdist.emit.qdq import emit_qdq
 from qdist.evaluate.builtin import Runner
-from qdist.model.freeze import FrozenModel, freeze, frozen_difference
+from qdist.model.freeze import freeze, frozen_difference
 from qdist.model.graph import Graph
 from qdist.model.loading import load_model
 from qdist.model.taps import find_taps
-from qdist.plan.planner import Planner
 from tests.onnx_models import EXECUTION, HeldSamples, planner_for, projected
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "assets"
@@ -110,23 +107,23 @@ def stories() -> list[Feeds]:
 
 @dataclass(frozen=True, kw_only=True)
 class RealModel:
-    """``sqnr_db``: what the int8 artifact has to reach on its calibration samples, 6 dB or more
-    below what was found when this test was written, so that broken wiring shows."""
+    """``sqnr_db``: what the first output has to reach at int8, w8a16 and w4a8 on the calibration
+    samples: well below what good wiring gives, and well above what bad wiring does."""
 
     file: str
     samples: Callable[[], list[Feeds]]
-    sqnr_db: float
+    sqnr_db: tuple[float, float, float]
 
 
 REAL_MODELS = (
-    RealModel(file="cifar10_resnet20.onnx", samples=resnet, sqnr_db=0),
-    RealModel(file="cifar10_vit_ibp_3_3_8.onnx", samples=vit, sqnr_db=0),
-    RealModel(file="mlperf_tiny_kws_dscnn.onnx", samples=keywords, sqnr_db=0),
-    RealModel(file="mnist-8_cntk.onnx", samples=mnist, sqnr_db=0),
-    RealModel(file="silero_vad_16k_op15.onnx", samples=speech, sqnr_db=0),
-    RealModel(file="squeezenet1.1.onnx", samples=photos, sqnr_db=0),
-    RealModel(file="stories260K/model.onnx", samples=stories, sqnr_db=0),
-    RealModel(file="yolox_nano_coco.onnx", samples=streets, sqnr_db=0),
+    RealModel(file="cifar10_resnet20.onnx", samples=resnet, sqnr_db=(25, 30, 5)),
+    RealModel(file="cifar10_vit_ibp_3_3_8.onnx", samples=vit, sqnr_db=(15, 25, 5)),
+    RealModel(file="mlperf_tiny_kws_dscnn.onnx", samples=keywords, sqnr_db=(25, 30, 5)),
+    RealModel(file="mnist-8_cntk.onnx", samples=mnist, sqnr_db=(30, 30, 10)),
+    RealModel(file="silero_vad_16k_op15.onnx", samples=speech, sqnr_db=(10, 10, 3)),
+    RealModel(file="squeezenet1.1.onnx", samples=photos, sqnr_db=(20, 20, 2)),
+    RealModel(file="stories260K/model.onnx", samples=stories, sqnr_db=(15, 30, 8)),
+    RealModel(file="yolox_nano_coco.onnx", samples=streets, sqnr_db=(5, 15, 2)),
 )
 
 
@@ -141,10 +138,31 @@ def test_model_goes_all_the_way(real: RealModel, tmp_path: Path) -> None:
     frozen = freeze(load_model(SHARED / "models" / real.file))
     source = HeldSamples(samples=real.samples())
     graph = Graph(frozen)
-    feeds = first_feeds(source, input_specs(graph))
-    assert frozen_difference(frozen, feeds, EXECUTION) <= 1e-6
-    assert len(find_taps(graph).points) >= 5
+    inputs = input_specs(graph)
+    every = [first_feeds(HeldSamples(samples=[sample]), inputs) for sample in source.samples]
+    for feeds in every:
+        assert frozen_difference(frozen, feeds, EXECUTION) <= 1e-6
+    assert len(find_taps(graph).points) >= 10
     planner = planner_for(frozen, source, tmp_path / "store")
-    expected = Runner(frozen.source, EXECUTION).run(feeds)
-    for precision in ("int8", "w8a16", "w4a8"):
-        emitted_outputs(planner, frozen, precision, tmp_path, feeds, expected)
+    runner = Runner(frozen.source, EXECUTION)
+    expected = [runner.run(feeds) for feeds in every]
+    for precision, least_db in zip(("int8", "w8a16", "w4a8"), real.sqnr_db, strict=True):
+        plan = projected(planner, precision)
+        coverage = plan.plan.coverage()
+        assert coverage.n_quantized == coverage.n_compute > 0
+        artifact = emit_qdq(frozen, plan, tmp_path / f"{precision}.onnx")
+        assert artifact.n_bytes < frozen.n_source_bytes * (1 if precision == "w4a8" else 1.5)
+        quantized = Runner(artifact.path, EXECUTION)
+        found = [quantized.run(feeds) for feeds in every]
+        assert all(np.isfinite(array).all() for outputs in found for array in outputs)
+        assert sqnr_db(expected, found) > least_db, precision
+
+
+def sqnr_db(
+    expected: list[list[NDArray[np.float32]]], found: list[list[NDArray[np.float32]]]
+) -> float:
+    """Of the first output over all samples."""
+    pairs = [(e[0].astype(np.float64), f[0]) for e, f in zip(expected, found, strict=True)]
+    signal = sum(float(np.square(e).sum()) for e, _ in pairs)
+    noise = sum(float(np.square(e - f).sum()) for e, f in pairs)
+    return float(10 * np.log10(signal / noise))

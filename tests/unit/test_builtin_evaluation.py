@@ -262,7 +262,7 @@ def test_labels_are_stacked_and_those_of_other_shapes_refused(tmp_path: Path) ->
     runner = Runner(matmul(tmp_path, "b"), EXECUTION)
     labelled = ragged([3, 3], [integers([1, 2]), integers([3, 4])])
     (found,) = batches(labelled, runner.inputs, 4)
-    np.testing.assert_array_equal(found.labels, [[1, 2], [3, 4]])  # type: ignore[arg-type]
+    np.testing.assert_array_equal(found.labels, [[1, 2], [3, 4]])
     uneven = ragged([3, 3], [integers([1, 2]), integers([3])])
     with pytest.raises(DataError, match="QD308"):
         list(batches(uneven, runner.inputs, 4))

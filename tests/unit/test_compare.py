@@ -100,14 +100,10 @@ def test_known_steps_give_known_numbers(tmp_path: Path) -> None:
 def test_worst_layer_in_place_comes_first(tmp_path: Path) -> None:
     frozen, planner, source = two_products(tmp_path)
     plan = projected(planner)
-    for steps, worst in (
-        ({"first": (0.5, 1.0), "second": (1e-1, 1.0)}, "second"),
-        ({"first": (0.5, 1.0), "second": (1.5, 1.0)}, "second"),
-    ):
-        rows = compare_layers(frozen, with_steps(plan, steps), source, EXECUTION)
-        ranks = [row.in_place.sqnr_db for row in rows]
-        assert ranks == sorted(ranks)
-        assert rows[0].name == worst
+    coarse = with_steps(plan, {"first": (0.5, 1.0), "second": (4.0, 1.0)})
+    rows = compare_layers(frozen, coarse, source, EXECUTION)
+    assert [row.name for row in rows] == ["second", "first"]
+    assert rows[0].in_place.sqnr_db < rows[1].in_place.sqnr_db - 1
     exact = with_steps(plan, {"first": (0.5, 1.0), "second": (0.25, 1.0)})
     some = [{"x": floats([1, -2])}]
     rows = compare_layers(frozen, exact, HeldSamples(samples=some), EXECUTION)

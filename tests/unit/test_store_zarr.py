@@ -401,6 +401,26 @@ def test_a_damaged_receipt_counts_as_absent_and_is_replaced(
     assert_same(store.read(receipts[0]), record_of(0))
 
 
+@pytest.mark.parametrize(
+    ("array", "old", "new"),
+    [
+        ("count", b'"fill_value": 18446744073709551615', b'"fill_value": 38446744073709551615'),
+        ("extrema", b'"chunk_shape": [\n        2,', b'"chunk_shape": [\n        0,'),
+        ("key", b'"data_type": "int64"', b'"data_type": "int24"'),
+    ],
+)
+def test_metadata_that_zarr_cannot_compute_with_is_damage(
+    filled: tuple[ZarrStore, list[ShardReceipt]], array: str, old: bytes, new: bytes
+) -> None:
+    store, receipts = filled
+    folder = store.path / "records" / receipts[0].shard_id
+    (path,) = (p for p in files_of(folder) if p.parent.name == array and p.name == "zarr.json")
+    content = path.read_bytes()
+    assert content.count(old) == 1
+    path.write_bytes(content.replace(old, new))
+    assert code_of(lambda: store.read(receipts[0])) == "QD403"
+
+
 def test_flips_in_a_receipt_never_pass_for_another_shard(
     filled: tuple[ZarrStore, list[ShardReceipt]],
 ) -> None:

@@ -16,19 +16,20 @@ def run(context: Context[CalibrateSettings]) -> None:
     settings = context.settings
     frozen = context.frozen_model()
     graph = Graph(frozen, context.execution)
-    job, store, merged = steps.calibrate(context, frozen, graph, settings)
-    steps.save_config(context, context.config)
-    n_values = int(merged.record.counts.sum())
+    # MLflow comes first: that it cannot be reached is better known before the work than after it.
     with context.tracked(
         params={
-            "micro_batch": job.identity.micro_batch,
             "shard_samples": settings.calibration.shard_samples,
             "taps": settings.calibration.taps,
             "workers": settings.cluster.workers,
         },
         model_digest=frozen.digest,
-        data_digest=job.manifest.digest,
     ) as tracked:
+        job, store, merged = steps.calibrate(context, frozen, graph, settings)
+        steps.save_config(context, context.config)
+        n_values = int(merged.record.counts.sum())
+        tracked.set_tags({"qdist.data_digest": job.manifest.digest})
+        tracked.log_params({"micro_batch": job.identity.micro_batch})
         tracked.log_metrics(
             {
                 "samples": len(job.manifest),

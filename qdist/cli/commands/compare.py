@@ -23,35 +23,35 @@ def run(context: Context[CompareSettings]) -> None:
     frozen = context.frozen_model()
     plan = load_plan(domain.absolute(settings.plan), frozen.digest)
     projected = target.project(plan)
-    with context.console.status("comparing layers"):
-        rows = compare_layers(
-            frozen, projected, source, context.execution, n_samples=settings.compare.samples
-        )
-    path = write_json(folder / "layers.json", [row.to_json() for row in rows])
-    steps.save_config(context, context.config)
-    context.console.print(layer_table(rows, settings.compare.limit))
-    context.say(f"all {len(rows)} layers: {path}")
-    if settings.compare.dump:
-        name = settings.model.name
-        dumps = folder / "dump"
-        artifact = emit_qdq(frozen, projected, dumps / f"{name}.onnx", check=False)
-        written = dump_comparison(
-            frozen,
-            projected,
-            artifact.path,
-            source,
-            context.execution,
-            dumps,
-            settings.compare.dump,
-            model_name=name,
-            tag=projected.plan.digest[:8],
-            max_samples=settings.compare.dump_samples,
-        )
-        context.say(f"{len(written)} files of dump level {settings.compare.dump}: {dumps}")
     with context.tracked(
         params={"plan": settings.plan, "samples": settings.compare.samples},
         model_digest=frozen.digest,
     ) as tracked:
+        with context.console.status("comparing layers"):
+            rows = compare_layers(
+                frozen, projected, source, context.execution, n_samples=settings.compare.samples
+            )
+        path = write_json(folder / "layers.json", [row.to_json() for row in rows])
+        steps.save_config(context, context.config)
+        context.console.print(layer_table(rows, settings.compare.limit))
+        context.say(f"all {len(rows)} layers: {path}")
+        if settings.compare.dump:
+            name = settings.model.name
+            dumps = folder / "dump"
+            artifact = emit_qdq(frozen, projected, dumps / f"{name}.onnx", check=False)
+            written = dump_comparison(
+                frozen,
+                projected,
+                artifact.path,
+                source,
+                context.execution,
+                dumps,
+                settings.compare.dump,
+                model_name=name,
+                tag=projected.plan.digest[:8],
+                max_samples=settings.compare.dump_samples,
+            )
+            context.say(f"{len(written)} files of dump level {settings.compare.dump}: {dumps}")
         tracked.log_table([row.to_json() for row in rows], "layers.csv")
         if rows:
             tracked.log_metrics({"worst_sqnr_db": rows[0].in_place.sqnr_db})

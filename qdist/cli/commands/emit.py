@@ -20,11 +20,11 @@ def run(context: Context[EmitSettings]) -> None:
     plan = load_plan(domain.absolute(settings.plan), frozen.digest)
     projected = target.project(plan)
     path = domain.absolute(settings.artifact)
-    with context.console.status("writing the quantized model"):
-        artifact = emit_qdq(frozen, projected, path, execution=context.execution)
     with context.tracked(
         params={"target": target.name, "plan": settings.plan}, model_digest=frozen.digest
     ) as tracked:
+        with context.console.status("writing the quantized model"):
+            artifact = emit_qdq(frozen, projected, path, execution=context.execution)
         tracked.log_metrics({"artifact_bytes": artifact.n_bytes, "seconds": context.seconds})
         tracked.set_tags({"qdist.plan_digest": projected.plan.digest})
         tracked.log_artifact(artifact.path, best=True)

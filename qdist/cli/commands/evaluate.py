@@ -40,17 +40,16 @@ def run(context: Context[EvaluateSettings]) -> None:
         execution=context.execution,
         **domain.scorer_options(settings.evaluation),  # type: ignore[arg-type]
     )
-    with context.console.status("scoring the float model"):
-        before = scorer.score(model.path)
-    with context.console.status("scoring the quantized model"):
-        after = scorer.score(artifact)
-    write_json(
-        folder / "evaluation.json", {"float": before.to_json(), "quantized": after.to_json()}
-    )
-    steps.save_config(context, context.config)
-    with context.tracked(
-        params={"metric": after.metric, "artifact": str(artifact)}, model_digest=model.digest
-    ) as tracked:
+    with context.tracked(params={"artifact": str(artifact)}, model_digest=model.digest) as tracked:
+        with context.console.status("scoring the float model"):
+            before = scorer.score(model.path)
+        with context.console.status("scoring the quantized model"):
+            after = scorer.score(artifact)
+        write_json(
+            folder / "evaluation.json", {"float": before.to_json(), "quantized": after.to_json()}
+        )
+        steps.save_config(context, context.config)
+        tracked.log_params({"metric": after.metric})
         tracked.log_metrics({"score": after.score, "float_score": before.score, **after.metrics})
     context.console.print(_table(settings.model.name, before, after, artifact))
 

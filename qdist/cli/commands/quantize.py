@@ -34,10 +34,6 @@ def run(context: Context[QuantizeSettings]) -> None:
     )
     choices, why = steps.make_choices(planner, settings.quantization)
     projected = target.project(planner.plan(choices, why))
-    with context.console.status("writing the quantized model"):
-        artifact = emit_qdq(frozen, projected, folder / ARTIFACT, execution=context.execution)
-    plan_path = projected.plan.save(folder / PLAN)
-    steps.save_config(context, context.config)
     with context.tracked(
         params={
             "precision": settings.quantization.precision,
@@ -48,6 +44,10 @@ def run(context: Context[QuantizeSettings]) -> None:
         },
         model_digest=frozen.digest,
     ) as tracked:
+        with context.console.status("writing the quantized model"):
+            artifact = emit_qdq(frozen, projected, folder / ARTIFACT, execution=context.execution)
+        plan_path = projected.plan.save(folder / PLAN)
+        steps.save_config(context, context.config)
         counts = projected.plan.counts()
         tracked.log_metrics({"artifact_bytes": artifact.n_bytes, "seconds": context.seconds})
         tracked.set_tags({"qdist.plan_digest": projected.plan.digest})

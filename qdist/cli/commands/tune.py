@@ -56,21 +56,21 @@ def run(context: Context[TuneSettings]) -> None:
     context.make_folder()
     frozen = context.frozen_model()
     graph = Graph(frozen, context.execution)
+    # MLflow comes first: that it cannot be reached is better known before the work than after it.
     # One Ray serves the calibration and the search.
-    with ray_session(domain.cluster(settings.cluster)):
+    with (
+        context.tracked(params=_params(settings), model_digest=frozen.digest) as run_,
+        ray_session(domain.cluster(settings.cluster)),
+    ):
         job, store, merged = steps.calibrate(context, frozen, graph, settings)
+        run_.set_tags({"qdist.data_digest": job.manifest.digest})
         planner = Planner(
             graph, merged.record, store.taps, domain.plan_settings(settings.quantization)
         )
         before = _float_score(context, frozen, evaluation)
-        with context.tracked(
-            params=_params(settings),
-            model_digest=frozen.digest,
-            data_digest=job.manifest.digest,
-        ) as run_:
-            trials = _search(context, frozen, planner, target, evaluation, run_, merged.record)
-            best = _keep_best(context, frozen, planner, target, trials)
-            _report(context, frozen, before, best, trials, merged.notes, run_)
+        trials = _search(context, frozen, planner, target, evaluation, run_, merged.record)
+        best = _keep_best(context, frozen, planner, target, trials)
+        _report(context, frozen, before, best, trials, merged.notes, run_)
 
 
 def _params(settings: TuneSettings) -> dict[str, Any]:
