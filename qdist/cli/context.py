@@ -72,13 +72,7 @@ class Context(Generic[SettingsT]):
         return freeze(model, self.execution)
 
     @contextmanager
-    def tracked(
-        self,
-        *,
-        params: Mapping[str, Any],
-        model_digest: str,
-        data_digest: str | None = None,
-    ) -> Iterator[Run]:
+    def tracked(self, *, params: Mapping[str, Any], model_digest: str) -> Iterator[Run]:
         """An MLflow run for this command; failures and Ctrl-C end it as such."""
         spec = domain.tracking(self.settings.tracking)
         with open_tracker(spec, spool_folder=self.folder, warn=self.say) as tracker:
@@ -88,7 +82,6 @@ class Context(Generic[SettingsT]):
                 config=self.config,
                 params={"model": self.settings.model.name, **params},
                 model_digest=model_digest,
-                data_digest=data_digest,
             ) as run:
                 yield run
             if tracker.n_spooled:

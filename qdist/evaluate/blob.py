@@ -53,7 +53,7 @@ def write_blob(path: Path, values: NDArray[Any]) -> Path:
     n, c, h, w = values.shape
     numbers = values.astype(np.float32).ravel().tolist()
     text = " ".join(map("%.6f".__mod__, numbers))
-    return write_text(path, f"{1.0:.8e} {h} {w} {c} {n} F32\n{text}\n")
+    return write_text(path, f"{1.0:.8e} {w} {h} {c} {n} F32\n{text}\n")
 
 
 def read_blob(path: Path) -> tuple[float, NDArray[np.float32]]:

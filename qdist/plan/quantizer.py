@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,7 @@ class Quantizer:
             raise ValueError(f"{len(self.scales)} scales, {len(self.zero_points)} zero points")
         if self.axis is None and len(self.scales) != 1:
             raise ValueError(f"{len(self.scales)} scales without an axis")
-        if not all(np.isfinite(s) and s > 0 for s in self.scales):
+        if not all(math.isfinite(s) and s > 0 for s in self.scales):
             raise ValueError("scales must be finite and positive")
 
     @property

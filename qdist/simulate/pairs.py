@@ -52,9 +52,9 @@ def _blocks(values: NDArray[Any], quantizer: Quantizer) -> Iterator[tuple[NDArra
     n_channels, n_inner = shape[axis], int(np.prod(shape[axis + 1 :], dtype=np.int64))
     cube = values.reshape(int(np.prod(shape[:axis], dtype=np.int64)), n_channels, n_inner)
     if len(cube) > 1:
-        step = _even_step(n_channels * n_inner)
+        step, quantizer = _even_step(n_channels * n_inner), replace(quantizer, axis=1)
         for i in range(0, len(cube), step):
-            yield cube[i : i + step], replace(quantizer, axis=1)
+            yield cube[i : i + step], quantizer
         return
     step = _even_step(n_inner)
     for i in range(0, n_channels, step):

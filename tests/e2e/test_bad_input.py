@@ -48,7 +48,8 @@ def saved(array: NDArray[np.generic]) -> tuple[str, ...]:
         "model=digits_cnn",
         "tracking=none",
         "data.path=samples.npz",
-        "data.calibration.inputs={images: x}",
+        "data.calibration.inputs.images=x",
+        "cluster.workers=1",
     )
 
 
@@ -139,8 +140,8 @@ def test_samples_of_the_wrong_type() -> None:
 
 
 def test_an_input_that_the_model_does_not_have() -> None:
-    result = here(*saved(SAMPLES), "data.calibration.inputs={image: x}")
-    check_error(result, "QD307", "missing images", "not an input of the model")
+    words = [w.replace("inputs.images", "inputs.image") for w in saved(SAMPLES)]
+    check_error(here(*words), "QD307", "missing images", "not an input of the model: image;")
     assert left_behind(Path()) == ["samples.npz"]
 
 
@@ -173,6 +174,7 @@ def test_nan_in_an_activation_stops_or_is_reported(cluster: RaySession) -> None:
         "data.path=samples.npz",
         "data.calibration.inputs={x: x}",
         "tracking=none",
+        "cluster.workers=1",
     )
     result = here(*words)
     check_error(result, "QD309", "tensor logged", "000006", "1 NaN", "calibration.on_nan=report")
@@ -204,7 +206,6 @@ def test_a_store_of_another_model(runs: Path) -> None:
         ("data.calibration.preprocess.scale=0.125", "the preprocessing (stored "),
         ("calibration.micro_batch=2", "calibration.micro_batch (stored 4, now 2)"),
         ("calibration.taps=compute", "the measured tensors"),
-        ("calibration.on_nan=report", "calibration.on_nan"),
         ("model.threads=2", "the execution fingerprint"),
     ],
 )
@@ -239,7 +240,7 @@ def test_no_store_and_a_folder_that_is_none(tmp_path: Path) -> None:
         (
             "quantization.rules=[{match: '*con1*', precision: int16}]",
             "QD503",
-            ("'*con1*'", "9 layers", "conv1"),
+            ("'*con1*'", "15 layers", "/conv/conv/Conv"),
         ),
         ("quantization.rules=[{match: 'op:Covn', precision: int16}]", "QD503", ("Conv", "Gemm")),
         ("quantization.rules=[{match: '*', precision: int9}]", "QD506", ("'int9'",)),
@@ -269,6 +270,9 @@ def test_a_plan_of_another_model(runs: Path) -> None:
     assert not Path("vit.onnx").exists()
 
 
+EMIT = ("emit", "model=digits_cnn", "tracking=none", "artifact=out.onnx")
+
+
 def test_a_damaged_plan(runs: Path) -> None:
     path = runs / "digits_cnn/plan.json"
     whole = path.read_text()
@@ -285,12 +289,10 @@ def test_a_damaged_plan(runs: Path) -> None:
         (json.dumps(future), "schema 99"),
     ):
         path.write_text(text)
-        for words in (("emit", "artifact=out.onnx"), ("show", str(path))):
-            hydra = () if words[0] == "show" else ("model=digits_cnn", "tracking=none")
-            check_error(here(*words, *hydra), "QD504", str(path), part)
+        check_error(here(*EMIT), "QD504", str(path), part)
+        check_error(here("show", str(path)), "QD504", str(path), part)
     path.unlink()
-    result = here("emit", "model=digits_cnn", "tracking=none", "artifact=out.onnx")
-    check_error(result, "QD504", "nothing there")
+    check_error(here(*EMIT), "QD504", "nothing there")
     assert not Path("out.onnx").exists()
 
 
@@ -389,7 +391,10 @@ def test_a_script_that_hangs_is_ended_with_its_children(runs: Path) -> None:
     assert not list((runs / "digits_cnn/scratch").iterdir())
 
 
-TUNE = ("tune", *CNN, "evaluation=command", "search.max_trials=3", "search.sensitivity_samples=4")
+TUNE = (
+    *("tune", *CNN, "evaluation=command", "cluster.workers=1"),
+    *("search.max_trials=3", "search.sensitivity_samples=4"),
+)
 COUNTS = """
 import sys
 import onnx
@@ -416,11 +421,10 @@ def test_a_search_goes_on_after_trials_whose_script_fails(runs: Path, cluster: R
 @pytest.mark.parametrize(
     ("ending", "code"),
     [
-        ("sys.exit('no chip') if n else print(1)", "QD702"),
         ("import time; time.sleep(60) if n else print(1)", "QD703"),
         ("print('?' if n else 1)", "QD704"),
     ],
-    ids=["fails", "hangs", "talks"],
+    ids=["hangs", "talks"],
 )
 def test_a_search_in_which_every_trial_fails(
     ending: str, code: str, runs: Path, cluster: RaySession
@@ -428,9 +432,8 @@ def test_a_search_in_which_every_trial_fails(
     before = {
         name: (runs / "digits_cnn" / name).read_bytes() for name in ("model.onnx", "plan.json")
     }
-    words = (*TUNE, script(COUNTS + ending), "evaluation.timeout_s=3", "search.saturations=[]")
-    result = here(*words)
-    check_error(result, "QD706", "1 trials" if False else "trial", code)
+    words = (*TUNE, script(COUNTS + ending), "evaluation.timeout_s=2", "search.saturations=[]")
+    check_error(here(*words), "QD706", "1 trial", code, "mend the evaluation")
     assert {name: (runs / "digits_cnn" / name).read_bytes() for name in before} == before
     assert not (runs / "digits_cnn/report.html").exists()
 

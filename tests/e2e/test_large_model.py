@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.checker
 import pytest
 from onnx import TensorProto, helper
 
@@ -168,6 +169,77 @@ def sizes_of(pid: int) -> dict[str, int]:
         return {}
     fields = (line.split() for line in lines if line.startswith(("VmHWM:", "RssAnon:")))
     return {name.rstrip(":"): int(kib) * 1024 for name, kib, *_ in fields}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """The folder after all steps, and the peak of each."""
+
+    folder: Path
+    peaks: dict[str, Peak]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    folder = tmp_path_factory.mktemp("large")
+    if shutil.disk_usage(folder).free < N_FREE_BYTES:
+        pytest.skip("less than 8 GiB of disk are free")
+    if memory_available() < N_FREE_BYTES:
+        pytest.skip("less than 8 GiB of memory are available")
+    try:
+        yield Finished(folder=folder, peaks={step: watch(step, folder) for step in STEPS})
+    finally:
+        shutil.rmtree(folder)
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="needs Linux's /proc"),
+]
+
+
+def test_model_is_larger_than_a_protobuf_can_be(finished: Finished) -> None:
+    assert (finished.folder / "model.data").stat().st_size == N_MODEL_BYTES > 2 * GIB
+    assert (finished.folder / "model.onnx").stat().st_size < 10_000
+
+
+def test_calibration_holds_the_model_once(finished: Finished) -> None:
+    """The session needs all weights; the whole of it, mapped pages included, is the measure."""
+    peak = finished.peaks["calibrate"]
+    assert peak.total_bytes < N_MODEL_BYTES + 1.5 * GIB
+
+
+def test_quantizing_holds_one_weight_at_a_time(finished: Finished) -> None:
+    """Private memory is the measure: weights are read through memory maps, whose pages the kernel
+    takes back when it needs them, and counts once per map although they are there once. The
+    checks of the artifact are part of it, loading included."""
+    peak = finished.peaks["quantize"]
+    assert peak.private_bytes < GIB
+    # The looking was not too coarse: the process did go through all the weights.
+    assert peak.total_bytes > N_MODEL_BYTES
+
+
+def test_artifact_is_a_quarter_outside_the_graph_and_valid(finished: Finished) -> None:
+    path = finished.folder / "out" / "quantized.onnx"
+    data = path.with_name("quantized.onnx.data")
+    assert sorted(path.parent.iterdir()) == [path, data]
+    assert data.stat().st_size == pytest.approx(N_MODEL_BYTES / 4, rel=0.01)
+    assert path.stat().st_size < 100_000
+    onnx.checker.check_model(str(path), full_check=True)
+    weights = {
+        tensor.name: tensor
+        for tensor in onnx.load(path, load_external_data=False).graph.initializer
+        if tensor.data_location == TensorProto.EXTERNAL
+    }
+    integers = [f"w{i}.int8.int" for i in range(N_LAYERS)]
+    assert set(integers) <= set(weights)
+    assert all(weights[name].data_type == TensorProto.INT8 for name in integers)
+
+
+def test_artifact_computes_nearly_the_same(finished: Finished) -> None:
+    result = json.loads((finished.folder / "score.json").read_text())
+    assert result["norm"] > 100
+    assert result["sqnr_db"] > 20
 
 
 if __name__ == "__main__":
