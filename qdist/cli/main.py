@@ -116,10 +116,12 @@ def _run_hydra(command: str, words: list[str]) -> None:
     def run_one(config: DictConfig) -> None:
         sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
         # What the jobs of a sweep differ in: the words that are not the user's own any more.
-        swept = [w for w in HydraConfig.get().overrides.task if w not in given]
+        words = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+        swept = [str(word) for word in words if word not in given]
         label = ",".join(swept).replace("++", "") or "job"
         if sweeping:
             _separate(config, label)
+        _drop_unused_data(command, config)
         settings = validated(config, schema)
         console = Console()
         if sweeping:
@@ -158,6 +160,17 @@ def _separate(config: Any, label: str) -> None:
         name = f"{name[:_MAX_NAME]}-{digest_json(label)[:8]}"
     with open_dict(config):
         config.output.folder = str(Path(str(config.output.folder)) / "sweep" / name)
+
+
+def _drop_unused_data(command: str, config: Any) -> None:
+    """A script or function brings its own data, so ``evaluate`` need not be told of any."""
+    from omegaconf import OmegaConf, open_dict
+
+    kind = OmegaConf.select(config, "evaluation.kind")
+    unset = OmegaConf.is_missing(config.get("data") or {}, "path")
+    if command == "evaluate" and kind in ("command", "function") and unset:
+        with open_dict(config):
+            config.data = None
 
 
 def _extra_folder(words: Sequence[str]) -> Path | None:

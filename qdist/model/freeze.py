@@ -86,6 +86,7 @@ def freeze(model: ModelFile, execution: Execution | None = None) -> FrozenModel:
     if n_folded:
         notes.append(f"{n_folded} batch normalizations folded into the layer before")
     rewrite.remove_dead(proto)
+    rewrite.complete_outputs(proto)
     graph_bytes = proto.SerializeToString(deterministic=True)
     return FrozenModel(
         graph_bytes=graph_bytes,

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import onnx
+import onnx.shape_inference
 from onnx import (
     GraphProto,
     ModelProto,
@@ -157,6 +158,17 @@ def remove_dead(model: ModelProto) -> None:
     del model.graph.initializer[:]
     model.graph.initializer.extend(tensors)
     del model.graph.value_info[:]
+
+
+def complete_outputs(model: ModelProto) -> None:
+    """Outputs without a shape get the inferred one: ONNX Runtime runs a model that lacks it, but
+    the ONNX checker refuses it."""
+    if all(value.type.tensor_type.HasField("shape") for value in model.graph.output):
+        return
+    inferred = onnx.shape_inference.infer_shapes(model).graph.output
+    for value, found in zip(model.graph.output, inferred, strict=True):
+        if found.type.tensor_type.HasField("shape"):
+            value.type.CopyFrom(found.type)
 
 
 def strip_documentation(model: ModelProto) -> None:

@@ -141,6 +141,12 @@ MISTAKES: list[tuple[str, tuple[str, ...], str, tuple[str, ...]]] = [
         ("store.path", "'QDIST_NOT_SET' not found"),
     ),
     (
+        "reference in a key that no group file has",
+        ("calibrate", *DIGITS, "data.calibration.limit=${data.limit}"),
+        "QD106",
+        ("data.calibration.limit", "'data.limit' not found"),
+    ),
+    (
         "unbalanced brace",
         ("quantize", "model=digits_cnn", "quantization.saturation_parameters={percent: 99"),
         "QD106",

@@ -121,7 +121,7 @@ def test_quantizing_a_tensor_is_onnx_quantize_linear(
     rng = np.random.default_rng(seed)
     low, high = RANGES[bits]
     q = quantizer(bits, [scale], [0 if symmetric else rng.integers(low, high + 1)])
-    x = values_for(rng, np.float32(scale), (3, 101))
+    x = values_for(rng, np.array(scale, np.float32), (3, 101))
     x[0, :4] = [np.inf, -np.inf, 3e38, -3e38]
     with np.errstate(over="ignore"):
         found = q.quantize(x)
@@ -214,7 +214,8 @@ def test_weight_ranges_are_those_of_a_plain_loop_over_channels(
     weight = np.random.default_rng(seed).standard_t(3, size=shape).astype(np.float32)
     levels = weight_levels(bits)
     q = weight_quantizer(weight, levels, bits, axis, method)
-    rows = [weight] if axis is None else [weight.take(i, axis) for i in range(shape[axis])]
+    rows: list[NDArray[Any]]
+    rows = [weight] if axis is None else [*np.moveaxis(weight, axis, 0)]
     errors, n_clipped = 0.0, 0
     for row, scale in zip(rows, q.scales, strict=True):
         top = float(np.abs(row).max())

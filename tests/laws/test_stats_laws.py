@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -324,7 +325,7 @@ def test_the_record_of_all_samples_is_the_merge_of_any_partition_in_any_order(
     parts: list[Any], cuts: list[int], random: Any
 ) -> None:
     edges = [0, *sorted(min(cut, len(parts)) for cut in cuts), len(parts)]
-    records = [record_of(*parts[i:j]) for i, j in zip(edges[:-1], edges[1:], strict=True)]
+    records = [record_of(*parts[i:j]) for i, j in pairwise(edges)]
     random.shuffle(records)
     assert_same(merge_all(records, ROWS), record_of(*parts))
     flat = tuple(np.concatenate([part[row] for part in parts] or [[]]) for row in range(2))

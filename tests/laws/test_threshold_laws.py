@@ -56,8 +56,14 @@ def outlier(rng: np.random.Generator, n: int = N) -> Data:
 DISTRIBUTIONS: dict[str, Callable[..., Data]] = {
     make.__name__: make for make in (gauss, laplace, student, relu, gelu, outlier)
 }
-ASYMMETRIC = {4: Levels(low=-8, high=7, symmetric=False), 8: Levels(low=-128, high=127, symmetric=False)}
-SYMMETRIC = {4: Levels(low=-7, high=7, symmetric=True), 8: Levels(low=-127, high=127, symmetric=True)}
+ASYMMETRIC = {
+    4: Levels(low=-8, high=7, symmetric=False),
+    8: Levels(low=-128, high=127, symmetric=False),
+}
+SYMMETRIC = {
+    4: Levels(low=-7, high=7, symmetric=True),
+    8: Levels(low=-127, high=127, symmetric=True),
+}
 ALL_LEVELS = (
     *ASYMMETRIC.values(),
     *SYMMETRIC.values(),
@@ -66,7 +72,9 @@ ALL_LEVELS = (
 )
 each_distribution = pytest.mark.parametrize("name", DISTRIBUTIONS)
 each_width = pytest.mark.parametrize("bits", [4, 8])
-each_symmetry = pytest.mark.parametrize("levels_by_bits", [SYMMETRIC, ASYMMETRIC], ids=["sym", "asym"])
+each_symmetry = pytest.mark.parametrize(
+    "levels_by_bits", [SYMMETRIC, ASYMMETRIC], ids=["sym", "asym"]
+)
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -101,10 +109,10 @@ def least_error_on_raw_data(values: Data, levels: Levels) -> float:
         return min(error_on_raw_data(values, bottom * t, t, levels) for t in top * fractions)
     coarse = np.geomspace(1 / 100, 1, 24)
     ranges = [(low * a, high * b) for a in coarse for b in coarse]
-    best = min(ranges, key=lambda r: error_on_raw_data(values, *r, levels))
+    best = min(ranges, key=lambda r: error_on_raw_data(values, r[0], r[1], levels))
     fine = np.linspace(0.85, 1.15, 13)
     near = [(max(low, best[0] * a), min(high, best[1] * b)) for a in fine for b in fine]
-    return min(error_on_raw_data(values, *r, levels) for r in near)
+    return min(error_on_raw_data(values, a, b, levels) for a, b in near)
 
 
 # --- the error integral -----------------------------------------------------------------------
@@ -192,13 +200,9 @@ def test_the_mse_range_is_as_good_as_brute_force_on_raw_data(
 
 @given(seeds, st.sampled_from(ALL_LEVELS), st.sampled_from(sorted(DISTRIBUTIONS)))
 @settings(max_examples=40, deadline=None)
-def test_no_method_has_less_expected_error_than_mse(
-    seed: int, levels: Levels, name: str
-) -> None:
+def test_no_method_has_less_expected_error_than_mse(seed: int, levels: Levels, name: str) -> None:
     density = density_of(DISTRIBUTIONS[name](np.random.default_rng(seed), 2000))
-    errors = {
-        method: find_threshold(density, levels, method).expected_mse for method in METHODS
-    }
+    errors = {method: find_threshold(density, levels, method).expected_mse for method in METHODS}
     assert errors["mse"] <= min(errors.values()) * 1.002
 
 

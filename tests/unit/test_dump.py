@@ -240,6 +240,19 @@ class TestProfile:
             assert isinstance(node["Min"], float)
             assert isinstance(node["Max"], float)
 
+    def test_a_tensor_with_two_quantizers_has_the_range_of_both(self, tmp_path: Path) -> None:
+        plan = case(tmp_path).plan.plan
+        first = next(layer for layer in plan.layers if layer.activations)
+        entry = first.activations[0]
+        twice = [
+            replace(entry, quantizer=replace(entry.quantizer, scales=(s,), zero_points=(z,)))
+            for s, z in ((1.0, 100), (0.5, -100))
+        ]
+        layers = tuple(replace(first, activations=(one,)) for one in twice)
+        *_, nodes = yaml.safe_load_all(profile_text(replace(plan, layers=layers)))
+        (node,) = nodes
+        assert (node["NodeOutputName"], node["Min"], node["Max"]) == (entry.tensor, -228.0, 113.5)
+
     def test_a_float_plan_has_no_nodes(self, tmp_path: Path) -> None:
         plan = replace(case(tmp_path).plan.plan, layers=())
         assert list(yaml.safe_load_all(profile_text(plan)))[2] == []

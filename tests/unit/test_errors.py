@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import pickle
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -54,10 +55,7 @@ def strings_in(path: Path) -> list[str]:
 
 def codes_in_source() -> set[str]:
     return {
-        text
-        for path in SOURCES
-        for text in strings_in(path)
-        if re.fullmatch(r"QD\d{3,}", text)
+        text for path in SOURCES for text in strings_in(path) if re.fullmatch(r"QD\d{3,}", text)
     }
 
 
@@ -160,7 +158,8 @@ def test_an_error_with_a_code_passes_through_a_block_that_writes(tmp_path: Path)
 
 def test_a_folder_below_a_file_cannot_be_written(tmp_path: Path) -> None:
     file = write_text(tmp_path / "file", "")
-    for attempt in (lambda: make_folder(file / "x"), lambda: write_text(file / "x" / "y", "")):
+    attempts = partial(make_folder, file / "x"), partial(write_text, file / "x" / "y", "")
+    for attempt in attempts:
         with pytest.raises(errors.ArtifactError) as caught:
             attempt()
         assert caught.value.code == "QD603"

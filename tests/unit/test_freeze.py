@@ -641,6 +641,21 @@ def test_what_no_output_needs_is_dropped(tmp_path: Path) -> None:
     assert [i.name for i in frozen.proto().graph.input] == ["x", "spare"]
 
 
+def test_outputs_without_a_shape_get_the_inferred_one(tmp_path: Path) -> None:
+    proto = model(
+        [node("MatMul", ["x", "w"], ["y"], "matmul"), node("Relu", ["x"], ["z"], "relu")],
+        [value("x", ["b", 4])],
+        [value("y", None), value("z", ["b", "other name"])],
+        {"w": normal(4, 3)},
+    )
+    with pytest.raises(onnx.checker.ValidationError):
+        onnx.checker.check_model(proto)
+    frozen = check_equal(proto, tmp_path, {"x": normal(2, 4)}, tolerance=0)
+    y, z = (o.type.tensor_type.shape.dim for o in frozen.proto().graph.output)
+    assert [(d.dim_param, d.dim_value) for d in y] == [("b", 0), ("", 3)]
+    assert len(z) == 2
+
+
 def test_remarks_of_the_exporter_are_left_behind(tmp_path: Path) -> None:
     proto = model([node("Relu", ["x"], ["y"])], [value("x", [2])], [value("y", [2])])
     proto.graph.node[0].doc_string = "/home/someone/model.py:12"

@@ -84,7 +84,8 @@ def test_rules_add_up_field_by_field() -> None:
     [
         ("/stem/Konv", "/stem/Conv"),
         ("/block.0/attn/MatMul", "/blocks.0/attn/MatMul"),
-        ("*blocks.7*", "/stem/Conv"),
+        ("*blocks.7*", "/blocks.1/attn/MatMul"),
+        ("zzz", "/stem/Conv"),
         ("op:Matmul", "an operator type of the model: Conv, Gemm, MatMul"),
         ("STEM/CONV", "/stem/Conv"),
     ],

@@ -8,12 +8,14 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from onnx import helper
 
 from qdist.calibration import CalibrationJob, calibrate_here, finish, open_shards, prepare
 from qdist.calibration import CalibrationSettings as Settings
@@ -314,6 +316,16 @@ def flips(path: Path, step: int) -> Iterator[int]:
     path.write_bytes(sound)
 
 
+def read_or_none(store: ZarrStore, receipt: ShardReceipt) -> CalibrationRecord | None:
+    """The record, or None where it is found to be damaged. Any other error passes."""
+    try:
+        return store.read(receipt)
+    except StoreError as error:
+        if error.code != "QD403":
+            raise
+        return None
+
+
 def test_a_flipped_bit_in_any_chunk_is_found(
     filled: tuple[ZarrStore, list[ShardReceipt]],
 ) -> None:
@@ -334,10 +346,8 @@ def test_damaged_metadata_never_gives_a_wrong_record(
         if path.name != "zarr.json":
             continue
         for _ in flips(path, 17):
-            try:
-                record = store.read(receipts[0])
-            except StoreError as error:
-                assert error.code == "QD403"
+            record = read_or_none(store, receipts[0])
+            if record is None:
                 n_found += 1
             else:
                 assert_same(record, expected)
@@ -371,7 +381,8 @@ def test_a_chunk_that_is_not_what_was_written_is_found(
 def test_a_deleted_record_is_found(filled: tuple[ZarrStore, list[ShardReceipt]]) -> None:
     store, receipts = filled
     shutil.rmtree(store.path / "records")
-    assert [code_of(lambda r=r: store.read(r)) for r in receipts] == ["QD403"] * 3
+    for receipt in receipts:
+        assert code_of(partial(store.read, receipt)) == "QD403"
 
 
 def test_a_record_without_a_receipt_does_not_count(
@@ -432,12 +443,8 @@ def test_flips_in_a_receipt_never_pass_for_another_shard(
         assert {r.shard_id for r in found} <= ids
         for receipt in found:
             if receipt.shard_id == receipts[0].shard_id:
-                try:
-                    store.read(receipt)
-                except StoreError as error:
-                    assert error.code == "QD403"
-                else:
-                    assert receipt.record_digest == receipts[0].record_digest
+                record = read_or_none(store, receipt)
+                assert record is None or record.digest == receipts[0].record_digest
 
 
 def test_a_damaged_merge_is_found_and_written_anew(
@@ -544,7 +551,7 @@ def test_no_store_is_no_finished_calibration(tmp_path: Path) -> None:
 
 
 def small_job(tmp_path: Path) -> tuple[CalibrationJob, HeldSamples]:
-    node = onnx_models.helper.make_node("Relu", ["x"], ["y"], name="relu")
+    node = helper.make_node("Relu", ["x"], ["y"], name="relu")
     proto = onnx_models.model(
         [node], [onnx_models.value("x", ["n", 3])], [onnx_models.value("y", ["n", 3])]
     )
@@ -594,9 +601,9 @@ def test_finishing_early_says_how_much_is_missing(tmp_path: Path) -> None:
 
 def test_everything_that_can_change_a_count_changes_the_identity(tmp_path: Path) -> None:
     nodes = [
-        onnx_models.helper.make_node("Relu", ["x"], ["y"], name="relu"),
-        onnx_models.helper.make_node("MatMul", ["y", "w"], ["z"], name="mm"),
-        onnx_models.helper.make_node("Sigmoid", ["z"], ["out"], name="s"),
+        helper.make_node("Relu", ["x"], ["y"], name="relu"),
+        helper.make_node("MatMul", ["y", "w"], ["z"], name="mm"),
+        helper.make_node("Sigmoid", ["z"], ["out"], name="s"),
     ]
 
     def frozen_with(weight: float) -> Any:

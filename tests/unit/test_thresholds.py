@@ -130,7 +130,9 @@ def test_kl_is_not_thrown_off_by_values_near_zero() -> None:
 
 def test_a_symmetric_percentile_of_all_values_reaches_the_larger_end() -> None:
     """Both ends lie in one bin of the grid."""
-    found = find_threshold(density_of([-5.01, 4.995, 5.0]), SYMMETRIC, "percentile", {"percent": 100})
+    found = find_threshold(
+        density_of([-5.01, 4.995, 5.0]), SYMMETRIC, "percentile", {"percent": 100}
+    )
     assert found.low == float(np.float32(-5.01))
     assert found.clipped_share == 0.0
 
