@@ -116,16 +116,15 @@ def _run_hydra(command: str, words: list[str]) -> None:
     def run_one(config: DictConfig) -> None:
         sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
         # What the jobs of a sweep differ in: the words that are not the user's own any more.
-        words = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
-        swept = [str(word) for word in words if word not in given]
-        label = ",".join(swept).replace("++", "") or "job"
+        plain_words: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+        label = ",".join(word for word in plain_words if word not in given).replace("++", "")
         if sweeping:
             _separate(config, label)
         _drop_unused_data(command, config)
         settings = validated(config, schema)
         console = Console()
         if sweeping:
-            console.rule(label)
+            console.rule(label or command)
         plain = cast(Mapping[str, Any], OmegaConf.to_container(config, resolve=True))
         module.run(
             Context(
@@ -155,7 +154,7 @@ def _separate(config: Any, label: str) -> None:
 
     from qdist.digest import digest_json
 
-    name = label.replace("/", "_")
+    name = label.replace("/", "_") or "job"
     if len(name) > _MAX_NAME:
         name = f"{name[:_MAX_NAME]}-{digest_json(label)[:8]}"
     with open_dict(config):
@@ -166,9 +165,10 @@ def _drop_unused_data(command: str, config: Any) -> None:
     """A script or function brings its own data, so ``evaluate`` need not be told of any."""
     from omegaconf import OmegaConf, open_dict
 
-    kind = OmegaConf.select(config, "evaluation.kind")
-    unset = OmegaConf.is_missing(config.get("data") or {}, "path")
-    if command == "evaluate" and kind in ("command", "function") and unset:
+    if command != "evaluate" or config.get("data") is None:
+        return
+    brings_own = OmegaConf.select(config, "evaluation.kind") in ("command", "function")
+    if brings_own and OmegaConf.is_missing(config.data, "path"):
         with open_dict(config):
             config.data = None
 

@@ -96,7 +96,10 @@ class Bar:
         seconds = max(now - self._begin, 1e-9)
         own = done - (self._first_done or 0)
         rate = own / seconds
-        text = f"{self._label}: {done}/{total} {self._unit}, {rate:.1f} {self._unit}/s"
+        text = f"{self._label}: {done}/{total} {self._unit}"
+        if own == 0 and done == total:
+            return f"{text}, all of it done before"
+        text += f", {rate:.1f} {self._unit}/s"
         if rate > 0 and done < total:
             text += f", about {(total - done) / rate:.0f} s left"
         return f"{text}, {note}" if note else text

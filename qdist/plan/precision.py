@@ -57,9 +57,10 @@ def precision(name: str) -> Precision:
 
 
 def activation_levels(bits: int, *, symmetric: bool) -> Levels:
-    """The levels of a signed activation: all of them, or -(2^(b-1)-1) .. when symmetric."""
+    """The levels of a signed activation: all that the storage has, since ``QuantizeLinear``
+    saturates there. When symmetric, the range of the scale is -(2^(b-1)-1) .. 2^(b-1)-1."""
     low, high = _RANGES[bits]
-    return Levels(low=-high if symmetric else low, high=high, symmetric=symmetric)
+    return Levels(low=low, high=high, symmetric=symmetric)
 
 
 def weight_levels(bits: int) -> Levels:

@@ -1,10 +1,11 @@
 """Hill climbing over groups of layers.
 
 The first round tries the plain plan and the other threshold methods for the whole model. Every
-further round starts from the best plan so far and proposes, for a group of layers at a time: the
-least sensitive ones at a lower precision, the most sensitive ones at a higher one, and the most
-sensitive ones with another threshold method or granularity. When a round brings nothing, the
-group is halved; with groups of none the search is over.
+further round starts from the best plan so far and proposes one move of each kind, each for a group
+of layers: the least sensitive ones at a lower precision, the most sensitive ones at a higher one,
+with another threshold method, or with a weight scale per channel. A kind of move that brought
+nothing takes half as many layers the next time; when all kinds are down to none, the search is
+over.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from qdist.search.trial import Candidate, Choices, Trial, best_of, choices_key
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GreedySettings:
     """``low`` and ``high``: precisions to move to, or None. ``saturations``: threshold methods to
-    try. ``max_trials``: the plain plan included. ``first_share``: share of the layers that the
-    first groups take."""
+    try. ``granularity``: of weights, to move to, or None. ``max_trials``: the plain plan included.
+    ``first_share``: share of the layers that the first groups take."""
 
     low: str | None = "w4a8"
     high: str | None = "w8a16"
     saturations: tuple[str, ...] = ("max", "mse", "percentile", "kl")
+    granularity: str | None = "channel"
     max_trials: int = 12
     first_share: float = 0.5
 
@@ -61,9 +63,17 @@ class Greedy:
         self._least_first = _ordered(list(price), price, descending=False)
         self._trials: list[Trial] = []
         self._asked: set[str] = set()
+        self._kind_of: dict[int, str] = {}
         self._n = 0
         self._best: Trial | None = None
-        self._group = max(1, round(settings.first_share * len(self._layers)))
+        n_first = max(1, round(settings.first_share * len(self._layers)))
+        self._groups = {
+            "low": min(n_first, len(self._least_first)),
+            # Raising few layers tells more, and costs less.
+            "high": max(1, n_first // 4),
+            "saturation": max(1, n_first // 2),
+            "granularity": n_first,
+        }
         self._started = False
 
     def ask(self) -> list[Candidate]:
@@ -73,20 +83,23 @@ class Greedy:
             return self._first_round()
         if self._best is None:
             return []
-        while self._group >= 1 and self._n < self._settings.max_trials:
+        while any(self._groups.values()) and self._n < self._settings.max_trials:
             proposals = self._moves(dict(self._best.candidate.choices))
             if proposals:
                 return proposals
-            self._group //= 2
+            self._groups = {kind: n // 2 for kind, n in self._groups.items()}
         return []
 
     def tell(self, trials: Iterable[Trial]) -> None:
         """All trials of the last round."""
+        told = sorted(trials, key=lambda trial: trial.candidate.number)
         before = self._best
-        self._trials.extend(trials)
+        self._trials.extend(told)
         self._best = best_of(self._trials)
-        if before is not None and self._best is before:
-            self._group //= 2
+        for trial in told:
+            kind = self._kind_of.get(trial.candidate.number)
+            if kind is not None and before is not None and trial.rank <= before.rank:
+                self._groups[kind] //= 2
 
     def _first_round(self) -> list[Candidate]:
         proposals = [self._candidate("plain", self._plain)]
@@ -98,38 +111,39 @@ class Greedy:
         return [candidate for candidate in proposals if candidate is not None]
 
     def _moves(self, best: dict[str, LayerChoice]) -> list[Candidate]:
-        settings, n = self._settings, self._group
-        found: list[Candidate | None] = []
-        if settings.low is not None:
-            names = self._take(self._least_first, best, n, precision=settings.low)
-            found.append(self._moved(best, names, f"{settings.low} in", precision=settings.low))
-        if settings.high is not None:
-            few = max(1, n // 4)
-            names = self._take(self._worst_first, best, few, precision=settings.high)
-            found.append(self._moved(best, names, f"{settings.high} in", precision=settings.high))
-        worst = self._worst_first[: max(1, n // 2)]
-        for method in settings.saturations:
-            names = [name for name in worst if best[name].saturation != method]
-            moved = self._moved(best, names, f"saturation {method} in", saturation=method)
-            if moved is not None:
-                found.append(moved)
-                break
-        return [candidate for candidate in found if candidate is not None]
-
-    @staticmethod
-    def _take(
-        order: Sequence[str], best: Mapping[str, LayerChoice], n: int, *, precision: str
-    ) -> list[str]:
-        return [name for name in order if best[name].precision != precision][:n]
+        settings = self._settings
+        found = []
+        for kind, order, field, values in (
+            ("low", self._least_first, "precision", (settings.low,)),
+            ("high", self._worst_first, "precision", (settings.high,)),
+            ("saturation", self._worst_first, "saturation", settings.saturations),
+            ("granularity", self._least_first[::-1], "granularity", (settings.granularity,)),
+        ):
+            for value in values:
+                n = self._groups[kind]
+                candidate = self._moved(best, order, n, field, value) if value else None
+                if candidate is not None:
+                    self._kind_of[candidate.number] = kind
+                    found.append(candidate)
+                    break
+        return found
 
     def _moved(
-        self, best: Mapping[str, LayerChoice], names: Sequence[str], label: str, **change: str
+        self,
+        best: Mapping[str, LayerChoice],
+        order: Sequence[str],
+        n: int,
+        field: str,
+        value: str,
     ) -> Candidate | None:
+        """The best plan with ``field`` = ``value`` in the first ``n`` layers that differ in it."""
+        names = [name for name in order if getattr(best[name], field) != value][:n]
         if not names:
             return None
-        choices = {**best, **{name: _changed(best[name], change) for name in names}}
+        choices = {**best, **{name: _changed(best[name], {field: value}) for name in names}}
+        what = value if field == "precision" else f"{field} {value}"
         noun = "layer" if len(names) == 1 else "layers"
-        return self._candidate(f"{label} {len(names)} {noun}", choices)
+        return self._candidate(f"{what} in {len(names)} {noun}", choices)
 
     def _candidate(self, label: str, choices: Choices) -> Candidate | None:
         key = choices_key(choices)
