@@ -36,6 +36,7 @@ class TrialTask:
     number: int
     label: str
     choices: tuple[tuple[str, LayerChoice], ...]
+    changed: tuple[str, ...]
     folder: Path
 
 
@@ -82,8 +83,14 @@ class TrialWorker:
         if self._planner is None or self._scorer is None:
             raise RuntimeError("run() before setup()")
         begin = time.perf_counter()
-        choices = dict(task.choices)
-        projected = self._setup.target.project(self._planner.plan(choices))
+        candidate = Candidate(
+            number=task.number,
+            label=task.label,
+            choices=dict(task.choices),
+            changed=task.changed,
+        )
+        plan = self._planner.plan(candidate.choices, candidate.why)
+        projected = self._setup.target.project(plan)
         artifact = emit_qdq(self._setup.frozen, projected, task.folder / ARTIFACT, check=False)
         projected.plan.save(task.folder / PLAN)
         built = time.perf_counter()
@@ -94,7 +101,6 @@ class TrialWorker:
             "counts": dict(projected.plan.counts()),
             "coverage": str(projected.plan.coverage()),
         }
-        candidate = Candidate(number=task.number, label=task.label, choices=choices)
         try:
             report = self._scorer.score(artifact.path)
         except QdistError as error:
@@ -152,6 +158,7 @@ def _task(candidate: Candidate, folder: Path) -> TrialTask:
         number=candidate.number,
         label=candidate.label,
         choices=tuple(candidate.choices.items()),
+        changed=candidate.changed,
         folder=trial_folder(folder, candidate.number),
     )
 

@@ -29,6 +29,11 @@ class Candidate:
         """Equal keys mean equal plans."""
         return choices_key(self.choices)
 
+    @property
+    def why(self) -> dict[str, str]:
+        """For every changed layer, where its choice comes from: this trial."""
+        return dict.fromkeys(self.changed, f"trial {self.number}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:

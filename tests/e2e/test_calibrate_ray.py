@@ -1,4 +1,4 @@
-"""Law 1 and law 3 on a real Ray: the same statistics to the last bit, whatever happens on the way."""
+"""Laws 1 and 3 on a real Ray: the same statistics to the last bit, whatever happens on the way."""
 
 from __future__ import annotations
 

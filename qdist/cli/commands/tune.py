@@ -266,8 +266,7 @@ def _keep_best(
             expected="at least one trial with a score",
             mend="mend the evaluation, then run the same command again",
         )
-    why = dict.fromkeys(trial.candidate.changed, f"trial {trial.candidate.number}")
-    plan = planner.plan(trial.candidate.choices, why)
+    plan = planner.plan(trial.candidate.choices, trial.candidate.why)
     projected = target.project(plan)
     path = context.folder / "model.onnx"
     with context.console.status("writing the best model"):
