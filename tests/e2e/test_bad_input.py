@@ -421,7 +421,12 @@ def test_a_search_goes_on_after_trials_whose_script_fails(runs: Path, cluster: R
 @pytest.mark.parametrize(
     ("ending", "code"),
     [
-        ("import time; time.sleep(60) if n else print(1)", "QD703"),
+        (
+            "import os, time\n"
+            "open(os.environ['TRACE'], 'a').write(f'{os.getpid()} ')\n"
+            "time.sleep(600) if n else print(1)",
+            "QD703",
+        ),
         ("print('?' if n else 1)", "QD704"),
     ],
     ids=["hangs", "talks"],
@@ -432,10 +437,14 @@ def test_a_search_in_which_every_trial_fails(
     before = {
         name: (runs / "digits_cnn" / name).read_bytes() for name in ("model.onnx", "plan.json")
     }
-    words = (*TUNE, script(COUNTS + ending), "evaluation.timeout_s=2", "search.saturations=[]")
+    trace = Path("pids").absolute()
+    trace.touch()
+    limits = (f"evaluation.environment.TRACE={trace}", "evaluation.timeout_s=2")
+    words = (*TUNE, script(COUNTS + ending), *limits, "search.saturations=[]")
     check_error(here(*words), "QD706", "1 trial", code, "mend the evaluation")
     assert {name: (runs / "digits_cnn" / name).read_bytes() for name in before} == before
     assert not (runs / "digits_cnn/report.html").exists()
+    assert not [pid for pid in trace.read_text().split() if Path(f"/proc/{pid}").exists()]
 
 
 def test_a_script_that_fails_on_the_float_model_ends_the_search_at_once(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from rich.table import Table
-
 from qdist.cli.commands import steps
 from qdist.cli.context import Context
 from qdist.cli.schema import CalibrateSettings
@@ -40,17 +38,15 @@ def run(context: Context[CalibrateSettings]) -> None:
             }
         )
         tracked.log_json(list(merged.notes), "notes.json")
-    table = Table(title=f"Calibration of {settings.model.name}", show_header=False)
-    for label, value in (
+    facts = (
         ("samples", f"{len(job.manifest)}"),
         ("tensors measured", f"{len(job.taps.points)} ({len(job.taps.aliases)} more share them)"),
         ("values counted", f"{n_values:,}"),
         ("statistics", merged.record.digest[:16]),
         ("store", str(store.path)),
         ("seconds", f"{context.seconds:.1f}"),
-    ):
-        table.add_row(label, value)
-    context.console.print(table)
+    )
+    context.console.print(steps.facts_table(f"Calibration of {settings.model.name}", facts))
     if job.taps.untapped:
         context.notes([f"{len(job.taps.untapped)} tensors in bodies of If or Loop not measured"])
     context.say(f"next: qdist quantize model.path={frozen.source} store.path={store.path}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from rich.table import Table
-
 from qdist.cli import domain
 from qdist.cli.commands import steps
 from qdist.cli.context import Context
@@ -30,13 +28,11 @@ def run(context: Context[EmitSettings]) -> None:
         tracked.log_artifact(artifact.path, best=True)
         if artifact.data_path is not None:
             tracked.log_artifact(artifact.data_path, best=True)
-    table = Table(title=f"Artifact for {target.name}", show_header=False)
-    for label, value in (
+    facts = (
         ("artifact", str(artifact.path)),
         ("size", f"{artifact.n_bytes / 1e6:.2f} MB"),
         ("opset", str(artifact.opset)),
         ("plan", projected.plan.digest[:16]),
-    ):
-        table.add_row(label, value)
-    context.console.print(table)
+    )
+    context.console.print(steps.facts_table(f"Artifact for {target.name}", facts))
     context.notes([*projected.plan.notes, *steps.plan_notes(projected.plan)])

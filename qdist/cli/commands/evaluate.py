@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 from rich.table import Table
 
@@ -51,11 +50,12 @@ def run(context: Context[EvaluateSettings]) -> None:
         steps.save_config(context, context.config)
         tracked.log_params({"metric": after.metric})
         tracked.log_metrics({"score": after.score, "float_score": before.score, **after.metrics})
-    context.console.print(_table(settings.model.name, before, after, artifact))
+    context.console.print(_table(settings.model.name, before, after))
+    context.say(f"artifact-exact, run as it is written: {artifact}")
 
 
-def _table(name: str, before: EvalReport, after: EvalReport, artifact: Path) -> Table:
-    table = Table(title=f"Evaluation of {name}, artifact-exact")
+def _table(name: str, before: EvalReport, after: EvalReport) -> Table:
+    table = Table(title=f"Evaluation of {name}", title_justify="left")
     table.add_column("metric")
     table.add_column("float", justify="right")
     table.add_column("quantized", justify="right")
@@ -66,5 +66,4 @@ def _table(name: str, before: EvalReport, after: EvalReport, artifact: Path) -> 
     if after.n_samples is not None:
         table.add_row("samples", str(before.n_samples), str(after.n_samples))
     table.add_row("seconds", f"{before.seconds:.2f}", f"{after.seconds:.2f}")
-    table.caption = str(artifact)
     return table

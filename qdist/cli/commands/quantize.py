@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from rich.table import Table
-
 from qdist.cli import domain
 from qdist.cli.commands import steps
 from qdist.cli.context import Context
@@ -55,9 +53,8 @@ def run(context: Context[QuantizeSettings]) -> None:
         tracked.log_artifact(artifact.path, best=True)
         if artifact.data_path is not None:
             tracked.log_artifact(artifact.data_path, best=True)
-    table = Table(title=f"Quantized {settings.model.name}", show_header=False)
     share = artifact.n_bytes / max(1, frozen.n_source_bytes)
-    for label, value in (
+    facts = (
         ("layers", ", ".join(f"{n} {name}" for name, n in counts.most_common())),
         ("quantized", str(projected.plan.coverage())),
         ("size", f"{artifact.n_bytes / 1e6:.2f} MB, {share:.0%} of the float model"),
@@ -65,7 +62,6 @@ def run(context: Context[QuantizeSettings]) -> None:
         ("artifact", str(artifact.path)),
         ("plan", str(plan_path)),
         ("seconds", f"{context.seconds:.1f}"),
-    ):
-        table.add_row(label, value)
-    context.console.print(table)
+    )
+    context.console.print(steps.facts_table(f"Quantized {settings.model.name}", facts))
     context.notes([*projected.plan.notes, *steps.plan_notes(projected.plan)])

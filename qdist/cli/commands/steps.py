@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from rich.table import Table
 
 from qdist.calibration import CalibrationJob, Merged, first_feeds, input_specs, prepare
 from qdist.cli import domain, schema
@@ -133,6 +135,16 @@ def plan_notes(plan: QuantizationPlan) -> list[str]:
         f"({reason}): {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
         for reason, names in reasons.items()
     ]
+
+
+def facts_table(title: str, facts: Iterable[tuple[str, str]]) -> Table:
+    """What a command did, one fact a row; long paths are folded, never cut."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    for label, value in facts:
+        table.add_row(label, value)
+    return table
 
 
 def save_config(context: Context[Any], config: Mapping[str, Any]) -> Path:
