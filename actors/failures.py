@@ -25,7 +25,7 @@ def not_ready(
         f"{spec.ready_timeout_s:g} s; still free in the cluster: {free}{last}",
         expected=f"{spec.n_workers} workers that take {spec.needs} each",
         mend="wait until other jobs leave the cluster, ask for fewer workers with "
-        "cluster.n_workers, or raise cluster.ready_timeout_s",
+        "cluster.workers, or raise cluster.ready_timeout_s",
     )
 
 

@@ -178,7 +178,7 @@ def check_resources(spec: ClusterSpec) -> None:
             where="cluster",
             got=f"room for {n_places} such workers on {len(nodes)} node(s) with {found}",
             expected=f"room for {spec.n_workers} workers with {_amounts(spec.needs, spec.needs)}",
-            mend="ask for fewer or smaller workers (cluster.n_workers, cluster.cpus_per_worker), "
+            mend="ask for fewer or smaller workers (cluster.workers, cluster.cpus_per_worker), "
             "or add nodes to the cluster",
         )
 

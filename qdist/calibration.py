@@ -157,7 +157,7 @@ def prepare(
             preprocessing=source.preprocessing(),
             fingerprint=fingerprint(execution),
             micro_batch=size,
-            taps=digest_json([list(taps.tensors), settings.on_nan]),
+            taps=digest_json(list(taps.tensors)),
         ),
         taps=taps,
         observer=ObserverSpec(
@@ -225,7 +225,8 @@ def finish(
 ) -> Merged:
     """Merge everything that covers the job's manifest and make it the store's latest.
 
-    Raises QD402 when micro-batches are missing, QD403 when a record is damaged.
+    Raises QD402 when micro-batches are missing, QD403 when a record is damaged, QD309 for NaN
+    unless ``on_nan`` is ``report``.
     """
     covered = cover([batch.ids for batch in job.grid], store.receipts())
     if covered.missing:
@@ -237,6 +238,8 @@ def finish(
             mend="run qdist calibrate again; it goes on where it stopped",
         )
     record = merge_all((store.read(receipt) for receipt in covered.receipts), job.taps.tensors)
+    if job.observer.on_nan == "error":
+        _refuse_nan(record)
     notes = [*job.notes, *_nan_notes(record)]
     details = {
         "manifest": job.manifest.to_json(),
@@ -257,6 +260,20 @@ def calibrate_here(job: CalibrationJob, source: DataSource, store: CalibrationSt
         for shard in shards:
             run_shard(shard, observer, source, job.inputs, store)
     return finish(job, store)
+
+
+def _refuse_nan(record: CalibrationRecord) -> None:
+    """Shards that were measured under ``report`` may hold what ``error`` must not pass over."""
+    for tensor in record.tensors:
+        n_nan = record.histogram(tensor).n_nan
+        if n_nan:
+            raise DataError(
+                "QD309",
+                where=f"tensor {tensor}, in samples measured before",
+                got=f"{n_nan} NaN",
+                expected="finite activations from the float model",
+                mend="set calibration.on_nan=report again, or calibrate into another store",
+            )
 
 
 def _nan_notes(record: CalibrationRecord) -> list[str]:

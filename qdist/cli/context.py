@@ -57,6 +57,16 @@ class Context(Generic[SettingsT]):
         for note in notes:
             self.say(f"note: {note}")
 
+    @contextmanager
+    def working(self, what: str) -> Iterator[None]:
+        """Say what is going on: a spinner on a terminal, a plain line elsewhere."""
+        if not self.console.is_terminal:
+            self.say(f"{what} ...")
+            yield
+            return
+        with self.console.status(what):
+            yield
+
     def make_folder(self) -> Path:
         """The output folder, created and proven writable. Raises QD603."""
         return make_folder(self.folder)

@@ -356,11 +356,12 @@ COMMANDS: dict[str, type[CommandSettings]] = {
 
 IDENTITY_KEYS = frozenset(
     {"model.path", "model.provider", "model.threads", "data.calibration"}
-    | {"calibration.micro_batch", "calibration.taps", "calibration.on_nan"}
+    | {"calibration.micro_batch", "calibration.taps"}
 )
 """Keys of `CalibrateSettings` that can change a count, so that they are part of the identity."""
 NOT_IDENTITY_KEYS = frozenset(
-    {"model.name", "data.path", "data.tokenizer", "data.evaluation", "calibration.shard_samples"}
+    {"model.name", "data.path", "data.tokenizer", "data.evaluation"}
+    | {"calibration.shard_samples", "calibration.on_nan"}
     | {"store.path", "output.root", "output.folder"}
     | {f"cluster.{name}" for name in ClusterConfig.model_fields}
     | {f"tracking.{name}" for name in TrackingConfig.model_fields}

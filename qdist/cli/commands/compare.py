@@ -27,7 +27,7 @@ def run(context: Context[CompareSettings]) -> None:
         params={"plan": settings.plan, "samples": settings.compare.samples},
         model_digest=frozen.digest,
     ) as tracked:
-        with context.console.status("comparing layers"):
+        with context.working("comparing layers"):
             rows = compare_layers(
                 frozen, projected, source, context.execution, n_samples=settings.compare.samples
             )

@@ -21,7 +21,7 @@ def run(context: Context[EmitSettings]) -> None:
     with context.tracked(
         params={"target": target.name, "plan": settings.plan}, model_digest=frozen.digest
     ) as tracked:
-        with context.console.status("writing the quantized model"):
+        with context.working("writing the quantized model"):
             artifact = emit_qdq(frozen, projected, path, execution=context.execution)
         tracked.log_metrics({"artifact_bytes": artifact.n_bytes, "seconds": context.seconds})
         tracked.set_tags({"qdist.plan_digest": projected.plan.digest})

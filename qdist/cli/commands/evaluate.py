@@ -40,9 +40,9 @@ def run(context: Context[EvaluateSettings]) -> None:
         **domain.scorer_options(settings.evaluation),  # type: ignore[arg-type]
     )
     with context.tracked(params={"artifact": str(artifact)}, model_digest=model.digest) as tracked:
-        with context.console.status("scoring the float model"):
+        with context.working("scoring the float model"):
             before = scorer.score(model.path)
-        with context.console.status("scoring the quantized model"):
+        with context.working("scoring the quantized model"):
             after = scorer.score(artifact)
         write_json(
             folder / "evaluation.json", {"float": before.to_json(), "quantized": after.to_json()}

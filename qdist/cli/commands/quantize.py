@@ -42,7 +42,7 @@ def run(context: Context[QuantizeSettings]) -> None:
         },
         model_digest=frozen.digest,
     ) as tracked:
-        with context.console.status("writing the quantized model"):
+        with context.working("writing the quantized model"):
             artifact = emit_qdq(frozen, projected, folder / ARTIFACT, execution=context.execution)
         plan_path = projected.plan.save(folder / PLAN)
         steps.save_config(context, context.config)

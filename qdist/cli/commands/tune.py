@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from qdist.cli.schema import TuneSettings
 from qdist.cli.tracking import Run
 from qdist.data.source import DataSource
 from qdist.emit.qdq import Artifact, emit_qdq
-from qdist.errors import EvaluationError
+from qdist.errors import EvaluationError, PlanError
 from qdist.evaluate.compare import LayerComparison, compare_layers, sensitivity
 from qdist.evaluate.report import EvalReport
 from qdist.evaluate.scorer import Evaluation, Scorer
@@ -53,6 +52,7 @@ def run(context: Context[TuneSettings]) -> None:
     evaluation = domain.evaluation(settings.evaluation, settings.data)
     domain.default_choice(settings.quantization)
     domain.greedy(settings.search)
+    _check_precisions(settings, target)
     context.make_folder()
     frozen = context.frozen_model()
     graph = Graph(frozen, context.execution)
@@ -95,7 +95,7 @@ def _float_score(
         execution=context.execution,
         **domain.scorer_options(context.settings.evaluation),  # type: ignore[arg-type]
     )
-    with context.console.status("scoring the float model"):
+    with context.working("scoring the float model"):
         report = scorer.score(frozen.source)
     context.say(f"float model: {report.metric} {report.score:.4f}")
     return report
@@ -113,10 +113,10 @@ def _search(
     from actors.tune import TrialSetup, tune
 
     settings = context.settings
-    choices, _ = steps.make_choices(planner, settings.quantization)
+    choices, why = steps.make_choices(planner, settings.quantization)
     source = domain.source(settings.data.calibration)
-    with context.console.status("measuring how sensitive each layer is"):
-        errors = _sensitivities(context, frozen, planner, target, source, choices)
+    with context.working("measuring how sensitive each layer is"):
+        errors = _sensitivities(context, frozen, planner, target, source, choices, set(why))
     strategy = make_strategy(
         settings.search.strategy,
         choices,
@@ -136,7 +136,7 @@ def _search(
         scorer_options=domain.scorer_options(settings.evaluation),
     )
     folder = context.folder / "trials"
-    shutil.rmtree(folder, ignore_errors=True)
+    _set_aside(folder)
     done: list[Trial] = []
     with bar(context.console, "searching", "trials") as drawing:
 
@@ -158,6 +158,33 @@ def _search(
         )
 
 
+def _set_aside(folder: Path) -> None:
+    """Trials of an earlier search are kept under another name: trials-1, trials-2, ..."""
+    if folder.exists():
+        n = 1
+        while (old := folder.with_name(f"{folder.name}-{n}")).exists():
+            n += 1
+        folder.rename(old)
+
+
+def _check_precisions(settings: TuneSettings, target: Target) -> None:
+    """Raise QD507 now for a precision that the target would refuse in every trial."""
+    for key, name in (
+        ("quantization.precision", settings.quantization.precision),
+        ("search.low", settings.search.low),
+        ("search.high", settings.search.high),
+    ):
+        if name is not None and name not in target.precisions:
+            raise PlanError(
+                "QD507",
+                where=f"target {target.name}",
+                got=f"{key}={name}",
+                expected=", ".join(target.precisions),
+                mend=f"choose one of these for {key}"
+                + ("" if key.startswith("quant") else ", or null for none"),
+            )
+
+
 def _sensitivities(
     context: Context[TuneSettings],
     frozen: FrozenModel,
@@ -165,11 +192,15 @@ def _sensitivities(
     target: Target,
     source: DataSource,
     choices: dict[str, LayerChoice],
+    pinned: set[str],
 ) -> dict[str, dict[str, float]]:
-    """Precision -> layer -> relative L2 error when that layer alone has it."""
+    """Precision -> layer -> relative L2 error when that layer alone has it.
+
+    ``pinned`` layers, which the user has a rule for, are left out, and so left alone.
+    """
     search = context.settings.search
     base = context.settings.quantization.precision
-    choosable = {layer.name for layer in planner.choosable()}
+    choosable = {layer.name for layer in planner.choosable()} - pinned
     found: dict[str, dict[str, float]] = {}
     for precision in dict.fromkeys(p for p in (base, search.low) if p is not None):
         tried = {
@@ -269,7 +300,7 @@ def _keep_best(
     plan = planner.plan(trial.candidate.choices, trial.candidate.why)
     projected = target.project(plan)
     path = context.folder / "model.onnx"
-    with context.console.status("writing the best model"):
+    with context.working("writing the best model"):
         artifact = emit_qdq(frozen, projected, path, execution=context.execution)
         projected.plan.save(context.folder / "plan.json")
         layers = compare_layers(
