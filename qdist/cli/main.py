@@ -37,7 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return BAD_INPUT
     except KeyboardInterrupt:
-        Console(stderr=True).print("stopped; the same command goes on from here", style="yellow")
+        Console(stderr=True).print(
+            "stopped; what was measured is kept, and the same command goes on from there",
+            style="yellow",
+        )
         return INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output went away, as in `qdist show ... | head`.

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onnx import TensorProto, numpy_helper
@@ -39,15 +42,17 @@ class WrittenModel:
     n_bytes: int
 
 
-def write_model(graph: QuantizedGraph, path: Path) -> WrittenModel:
+def write_model(graph: QuantizedGraph, path: Path, tag: str = "00000000") -> WrittenModel:
     """Write ``graph`` to ``path``, whole or not at all. Mutates ``graph.proto``.
 
-    Raises QD204, QD603.
+    ``tag``: 8 hex digits that say what is in the file; part of the data file's name, so that a
+    crash never leaves an old graph beside new weights. Data files of earlier tags go once the graph
+    is in place. Raises QD204, QD603.
     """
     make_folder(path.parent)
     found = list(tensors(graph.proto))
     total = sum(n_bytes_of(tensor) for tensor in found)
-    beside = path.with_name(path.name + ".data")
+    beside = path.with_name(f"{path.name}.{tag}.data")
     data_path = beside if total > INLINE_LIMIT_BYTES else None
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     data_partial = path.with_name(f".{path.name}.data.{os.getpid()}.partial")
@@ -60,9 +65,8 @@ def write_model(graph: QuantizedGraph, path: Path) -> WrittenModel:
         partial.write_bytes(graph.proto.SerializeToString())
         if data_path is not None:
             os.replace(data_partial, data_path)
-        else:
-            beside.unlink(missing_ok=True)
         os.replace(partial, path)
+        _remove_stale(path, data_path)
     except OSError as error:
         raise ArtifactError(
             "QD603",
@@ -76,6 +80,47 @@ def write_model(graph: QuantizedGraph, path: Path) -> WrittenModel:
         data_partial.unlink(missing_ok=True)
     n_bytes = path.stat().st_size + (data_path.stat().st_size if data_path else 0)
     return WrittenModel(path=path, data_path=data_path, n_bytes=n_bytes)
+
+
+@contextmanager
+def staging(path: Path) -> Iterator[Path]:
+    """A path of the same name in a hidden folder beside, which goes when the block ends."""
+    make_folder(path.parent)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.checking")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        yield aside / path.name
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def move_model(written: WrittenModel, path: Path) -> WrittenModel:
+    """Move a written model to ``path``, its data first. Raises QD603."""
+    data_path = None
+    if written.data_path is not None:
+        data_path = path.with_name(written.data_path.name)
+    try:
+        _refuse_folders(path, *([data_path] if data_path else []))
+        if written.data_path is not None and data_path is not None:
+            os.replace(written.data_path, data_path)
+        os.replace(written.path, path)
+        _remove_stale(path, data_path)
+    except OSError as error:
+        raise ArtifactError(
+            "QD603",
+            where=str(path),
+            got=error.strerror or str(error),
+            expected="a file that this user can write",
+            mend="choose another folder with output.folder=PATH",
+        ) from error
+    return replace(written, path=path, data_path=data_path)
+
+
+def _remove_stale(path: Path, data_path: Path | None) -> None:
+    own = re.compile(re.escape(path.name) + r"\.[0-9a-f]{8}\.data")
+    for other in path.parent.iterdir():
+        if own.fullmatch(other.name) and other != data_path and other.is_file():
+            other.unlink(missing_ok=True)
 
 
 def _refuse_folders(*paths: Path) -> None:

@@ -17,7 +17,7 @@ from qdist.demo import demo_file
 from qdist.emit import writer
 from qdist.emit.qdq import check_artifact, emit_qdq
 from qdist.emit.writer import WrittenModel, write_model
-from qdist.errors import ArtifactError
+from qdist.errors import ArtifactError, ConfigError
 from qdist.model.freeze import FrozenModel, freeze
 from qdist.model.loading import load_model
 from qdist.model.session import run, scoring_session
@@ -162,10 +162,11 @@ def test_external_data_holds_the_same_model(
     inline = emit_qdq(frozen, plan, tmp_path / "inline.onnx")
     monkeypatch.setattr(writer, "INLINE_LIMIT_BYTES", 10_000)
     artifact = emit_qdq(frozen, plan, tmp_path / "outside" / "model.onnx")
-    data = tmp_path / "outside" / "model.onnx.data"
+    name = f"model.onnx.{plan.plan.digest[:8]}.data"
+    data = tmp_path / "outside" / name
     assert artifact.data_path == data
     assert artifact.n_bytes == artifact.path.stat().st_size + data.stat().st_size
-    assert sorted(p.name for p in data.parent.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert sorted(p.name for p in data.parent.iterdir()) == ["model.onnx", name]
     proto = onnx.load(artifact.path, load_external_data=False)
     places = external(proto)
     assert places
@@ -175,7 +176,7 @@ def test_external_data_holds_the_same_model(
             assert len(tensor.SerializeToString()) < 1200
             continue
         place = places[tensor.name]
-        assert place["location"] == "model.onnx.data"
+        assert place["location"] == name
         assert int(place["offset"]) % 4096 == 0
         assert int(place["offset"]) >= end
         end = int(place["offset"]) + int(place["length"])
@@ -297,8 +298,9 @@ def test_folder_that_cannot_be_made_is_refused(
     assert (tmp_path / "file").read_text() == "not a folder"
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
-@pytest.mark.parametrize("limit", [0, 1 << 30])
+@pytest.mark.parametrize(
+    ("name", "limit"), [("model.onnx", 0), ("model.onnx", 1 << 30), ("model.onnx.{}.data", 0)]
+)
 def test_folder_in_the_place_of_a_file_is_refused_and_nothing_is_left(
     cnn: tuple[FrozenModel, Planner],
     name: str,
@@ -308,6 +310,7 @@ def test_folder_in_the_place_of_a_file_is_refused_and_nothing_is_left(
 ) -> None:
     frozen, planner = cnn
     monkeypatch.setattr(writer, "INLINE_LIMIT_BYTES", limit)
+    name = name.format(projected(planner).plan.digest[:8])
     (tmp_path / name).mkdir()
     with pytest.raises(ArtifactError) as caught:
         emit_qdq(frozen, projected(planner), tmp_path / "model.onnx")
@@ -388,3 +391,51 @@ def test_checker_and_runtime_speak_for_themselves(tmp_path: Path) -> None:
     )
     with pytest.raises(ArtifactError, match="QD602"):
         check_artifact(written_as(unknown, tmp_path / "unknown.onnx"), EXECUTION)
+
+
+def planner_of(frozen: FrozenModel, folder: Path) -> Planner:
+    feeds = {"x": normal(32, 32, seed=5), "flag": np.array(True)}
+    return planner_for(frozen, HeldSamples(samples=[feeds]), folder / "statistics")
+
+
+def test_the_float_model_is_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    frozen = outside_model(tmp_path / "source")
+    planner = planner_of(frozen, tmp_path)
+    before = {p.name: digest(p) for p in frozen.source.parent.iterdir()}
+    (tmp_path / "link.onnx").symlink_to(frozen.source)
+    for path in (frozen.source, frozen.source.with_name("model.data"), tmp_path / "link.onnx"):
+        with pytest.raises(ConfigError) as caught:
+            emit_qdq(frozen, projected(planner), path)
+        assert caught.value.code == "QD107"
+    assert {p.name: digest(p) for p in frozen.source.parent.iterdir()} == before
+
+
+def test_an_artifact_beside_the_model_leaves_the_models_data_alone(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    frozen = outside_model(tmp_path / "source")
+    beside = frozen.source.with_name(frozen.source.name + ".data")
+    beside.write_bytes(b"somebody's")
+    emit_qdq(frozen, projected(planner_of(frozen, tmp_path)), frozen.source.with_name("other.onnx"))
+    assert beside.read_bytes() == b"somebody's"
+    assert frozen.source.with_name("model.data").exists()
+
+
+def test_an_artifact_that_fails_its_check_does_not_replace_a_good_one(
+    cnn: tuple[FrozenModel, Planner], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen, planner = cnn
+    path = tmp_path / "model.onnx"
+    emit_qdq(frozen, projected(planner), path)
+    good = digest(path)
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise onnx.checker.ValidationError("not today")
+
+    monkeypatch.setattr(onnx.checker, "check_model", refuse)
+    with pytest.raises(ArtifactError) as caught:
+        emit_qdq(frozen, projected(planner, "w4a8"), path)
+    assert caught.value.code == "QD601"
+    assert caught.value.where == str(path)
+    assert digest(path) == good
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]

@@ -6,7 +6,7 @@ from qdist.cli import domain
 from qdist.cli.commands import steps
 from qdist.cli.context import Context
 from qdist.cli.schema import QuantizeSettings
-from qdist.emit.qdq import emit_qdq
+from qdist.emit.qdq import emit_qdq, refuse_overwriting
 from qdist.model.graph import Graph
 from qdist.plan.planner import Planner
 from qdist.plan.target import Target
@@ -23,6 +23,7 @@ def run(context: Context[QuantizeSettings]) -> None:
     domain.default_choice(settings.quantization)
     folder = context.make_folder()
     frozen = context.frozen_model()
+    refuse_overwriting(frozen, folder / ARTIFACT)
     store, record = steps.open_statistics(frozen, domain.absolute(settings.store.path))
     planner = Planner(
         Graph(frozen, context.execution),
@@ -32,6 +33,7 @@ def run(context: Context[QuantizeSettings]) -> None:
     )
     choices, why = steps.make_choices(planner, settings.quantization)
     projected = target.project(planner.plan(choices, why))
+    steps.check_opset(projected.plan, store)
     with context.tracked(
         params={
             "precision": settings.quantization.precision,
@@ -48,7 +50,9 @@ def run(context: Context[QuantizeSettings]) -> None:
         steps.save_config(context, context.config)
         counts = projected.plan.counts()
         tracked.log_metrics({"artifact_bytes": artifact.n_bytes, "seconds": context.seconds})
-        tracked.set_tags({"qdist.plan_digest": projected.plan.digest})
+        tracked.set_tags(
+            {"qdist.plan_digest": projected.plan.digest, "qdist.statistics_digest": record.digest}
+        )
         tracked.log_artifact(plan_path)
         tracked.log_artifact(artifact.path, best=True)
         if artifact.data_path is not None:
@@ -59,6 +63,7 @@ def run(context: Context[QuantizeSettings]) -> None:
         ("quantized", str(projected.plan.coverage())),
         ("size", f"{artifact.n_bytes / 1e6:.2f} MB, {share:.0%} of the float model"),
         ("opset", str(artifact.opset)),
+        ("statistics", f"of {record.n_samples} samples, {record.digest[:16]}"),
         ("artifact", str(artifact.path)),
         ("plan", str(plan_path)),
         ("seconds", f"{context.seconds:.1f}"),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from qdist.calibration import CalibrationJob, Merged, first_feeds, input_specs, prepare
+from qdist.calibration import CalibrationJob, Merged, load_batch, prepare
 from qdist.cli import domain, schema
 from qdist.cli.context import Context
 from qdist.cli.progress import bar
@@ -26,6 +27,8 @@ from qdist.store.zarr_store import ZarrStore
 
 HIGH_OPSET = 21
 """What 4- and 16-bit Q/DQ need."""
+CHECKS = "checks.json"
+"""In the store: what `check_freezing` found."""
 
 
 def calibrate(
@@ -49,7 +52,7 @@ def calibrate(
             on_progress=lambda done, total: naming.update(done, total),
         )
     store = ZarrStore.create(domain.absolute(config.store.path), job.identity, job.taps)
-    context.notes(check_freezing(frozen, graph, source, context))
+    context.notes(check_freezing(frozen, job, source, store, context))
     with bar(context.console, "calibrating", "samples") as measuring:
         started = False
 
@@ -72,24 +75,60 @@ def calibrate(
 
 
 def check_freezing(
-    frozen: FrozenModel, graph: Graph, source: DataSource, context: Context[Any]
+    frozen: FrozenModel,
+    job: CalibrationJob,
+    source: DataSource,
+    store: ZarrStore,
+    context: Context[Any],
 ) -> list[str]:
-    """Prove on the first sample that freezing, and raising the opset, keep the float result."""
-    feeds = first_feeds(source, input_specs(graph))
-    notes = []
-    difference = frozen_difference(frozen, feeds, context.execution)
-    if difference:
-        notes.append(f"the simplified model differs from the given one by {difference:.2g}")
-    try:
-        raised = opset_difference(frozen, HIGH_OPSET, feeds, context.execution)
-    except ModelError as error:
-        if error.code != "QD206":
-            raise
-        notes.append(f"no 4- or 16-bit layers: the model stays at its opset ({error.got})")
-    else:
-        if raised:
-            notes.append(f"at opset {HIGH_OPSET} the float result moves by {raised:.2g}")
+    """Prove on the first micro-batch that freezing, and raising the opset, keep the float result.
+
+    What was found is kept beside the statistics, and not looked for twice. Raises QD207 when
+    freezing itself changed the result.
+    """
+    place = store.path / CHECKS
+    if place.is_file():
+        return list(json.loads(place.read_text(encoding="utf-8"))["notes"])
+    with context.working("checking the simplified model against the given one"):
+        feeds = load_batch(job.grid[0], source, job.inputs)
+        notes = []
+        difference = frozen_difference(frozen, feeds, context.execution)
+        if difference:
+            notes.append(f"the simplified model differs from the given one by {difference:.2g}")
+        refusal = None
+        try:
+            raised = opset_difference(frozen, HIGH_OPSET, feeds, context.execution)
+        except ModelError as error:
+            # Models of 8-bit layers need no higher opset, so this only rules the others out.
+            refusal = f"{error.code}: {error.got}"
+            notes.append(f"no 4- or 16-bit layers: opset {HIGH_OPSET} fails ({refusal})")
+        else:
+            if raised:
+                notes.append(f"at opset {HIGH_OPSET} the float result moves by {raised:.2g}")
+    write_json(place, {"notes": notes, "high_opset_refusal": refusal})
     return notes
+
+
+def high_opset_refusal(store: ZarrStore) -> str | None:
+    """Why the model cannot have 4- or 16-bit layers, as calibration found out; None if it can."""
+    place = store.path / CHECKS
+    if not place.is_file():
+        return None
+    refusal = json.loads(place.read_text(encoding="utf-8"))["high_opset_refusal"]
+    return None if refusal is None else str(refusal)
+
+
+def check_opset(plan: QuantizationPlan, store: ZarrStore) -> None:
+    """Raise QD206 if the plan needs an opset that the model cannot be raised to unharmed."""
+    refusal = high_opset_refusal(store)
+    if plan.opset >= HIGH_OPSET and refusal is not None:
+        raise ModelError(
+            "QD206",
+            where="the plan's 4- and 16-bit layers",
+            got=refusal,
+            expected=f"a model that computes the same at opset {HIGH_OPSET}",
+            mend=f"export the model at opset {HIGH_OPSET}, or keep to int8 and float32",
+        )
 
 
 def open_statistics(frozen: FrozenModel, path: Path) -> tuple[ZarrStore, CalibrationRecord]:
