@@ -1,5 +1,6 @@
 """The search over a pool of its own: every trial is planned, written, loaded and scored by one
-worker, which keeps its histograms, its ranges and the float model's outputs between trials."""
+worker, which keeps its histograms and its ranges between trials. The float model's outputs are computed
+once, by whoever starts the search, and read from disk."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ from typing import Any
 
 from actors.pool import Completed, Failed, Retried, WorkerLost, WorkerPool
 from actors.session import ClusterSpec, ray_session
-from qdist.emit.qdq import emit_qdq
+from qdist.emit.qdq import Artifact, emit_qdq
 from qdist.errors import QdistError
+from qdist.evaluate.report import EvalReport
 from qdist.evaluate.scorer import Evaluation, Scorer
 from qdist.model.freeze import FrozenModel
 from qdist.model.graph import Graph
@@ -42,7 +44,8 @@ class TrialTask:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialSetup:
-    """What a worker needs besides the candidate. Picklable."""
+    """What a worker needs besides the candidate. Picklable. ``reference``: `Scorer.reference` of
+    a scorer that lives until the search has ended."""
 
     frozen: FrozenModel
     record: CalibrationRecord
@@ -52,6 +55,7 @@ class TrialSetup:
     evaluation: Evaluation
     execution: Execution
     scratch: Path
+    reference: Path | None = None
     scorer_options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -64,7 +68,7 @@ class TrialWorker:
         self._scorer: Scorer | None = None
 
     def setup(self) -> dict[str, Any]:
-        """Index the model and get the float model's outputs once."""
+        """Index the model."""
         s = self._setup
         graph = Graph(s.frozen, s.execution)
         self._planner = Planner(graph, s.record, s.taps, s.settings)
@@ -73,47 +77,58 @@ class TrialWorker:
             float_model=s.frozen.source,
             scratch=s.scratch,
             execution=s.execution,
+            reference=s.reference,
             **s.scorer_options,
         )
-        self._scorer.reference()
         return {}
 
     def run(self, task: TrialTask) -> Trial:
-        """Plan, write, load and score one candidate. A failed evaluation is a failed trial."""
-        if self._planner is None or self._scorer is None:
-            raise RuntimeError("run() before setup()")
-        begin = time.perf_counter()
+        """Plan, write, load and score one candidate. One that the target refuses, that cannot be
+        written, loaded or scored is a failed trial."""
         candidate = Candidate(
             number=task.number,
             label=task.label,
             choices=dict(task.choices),
             changed=task.changed,
         )
+        details: dict[str, object] = {}
+        report: EvalReport | None = None
+        n_bytes, reason = 0, ""
+        try:
+            artifact = self._build(candidate, task.folder, details)
+            n_bytes = artifact.n_bytes
+            report = self._score(artifact.path, details)
+        except QdistError as error:
+            reason = str(error)
+        return Trial(
+            candidate=candidate, report=report, n_bytes=n_bytes, reason=reason, details=details
+        )
+
+    def _build(self, candidate: Candidate, folder: Path, details: dict[str, object]) -> Artifact:
+        if self._planner is None:
+            raise RuntimeError("run() before setup()")
+        begin = time.perf_counter()
         plan = self._planner.plan(candidate.choices, candidate.why)
         projected = self._setup.target.project(plan)
-        artifact = emit_qdq(self._setup.frozen, projected, task.folder / ARTIFACT, check=False)
-        projected.plan.save(task.folder / PLAN)
-        built = time.perf_counter()
-        details: dict[str, object] = {
-            "build_s": built - begin,
+        artifact = emit_qdq(self._setup.frozen, projected, folder / ARTIFACT, check=False)
+        projected.plan.save(folder / PLAN)
+        details |= {
+            "build_s": time.perf_counter() - begin,
             "plan_digest": artifact.plan_digest,
             "opset": artifact.opset,
             "counts": dict(projected.plan.counts()),
             "coverage": str(projected.plan.coverage()),
         }
+        return artifact
+
+    def _score(self, model: Path, details: dict[str, object]) -> EvalReport:
+        if self._scorer is None:
+            raise RuntimeError("run() before setup()")
+        begin = time.perf_counter()
         try:
-            report = self._scorer.score(artifact.path)
-        except QdistError as error:
-            details["evaluation_s"] = time.perf_counter() - built
-            return Trial(
-                candidate=candidate,
-                report=None,
-                n_bytes=artifact.n_bytes,
-                reason=str(error),
-                details=details,
-            )
-        details["evaluation_s"] = time.perf_counter() - built
-        return Trial(candidate=candidate, report=report, n_bytes=artifact.n_bytes, details=details)
+            return self._scorer.score(model)
+        finally:
+            details["evaluation_s"] = time.perf_counter() - begin
 
 
 def tune(
@@ -129,7 +144,7 @@ def tune(
 
     Each round is finished before the next is asked for, so that the answer does not depend on
     timing. ``on_trial`` hears of every trial as it ends, ``on_message`` of retries and losses.
-    Raises QD801 to QD804, and errors of the model or the data that no trial can survive.
+    Raises QD801 to QD804; what is wrong with one candidate is the reason of its failed trial.
     """
     trials: dict[int, Trial] = {}
     with (
@@ -185,8 +200,7 @@ def _round(
                 if on_trial is not None:
                     on_trial(whole)
             case Failed(task=task, error=error):
-                if not error.code.startswith("QD8"):
-                    raise error
+                # Of the other trials' results nothing is lost, whatever it was.
                 lost = Trial(
                     candidate=by_number[task.number], report=None, n_bytes=0, reason=str(error)
                 )

@@ -227,6 +227,7 @@ class CompareConfig(Group):
     """How layers are compared."""
 
     samples: int = Field(32, ge=1, description="how many of data.evaluation's samples")
+    batch: int = Field(8, ge=1, description="samples per run")
     limit: int = Field(20, ge=1, description="rows to print; all go into the files")
     dump: Literal[0, 1, 2, 3] = Field(
         0, description="files for other tools: 1 float outputs, 2 quantized too, 3 every layer"

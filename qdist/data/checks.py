@@ -19,12 +19,13 @@ Dim = int | str | None
 class InputSpec:
     """One model input: NumPy dtype name, and shape with the batch axis first.
 
-    A dimension that is a name or None matches any size.
+    A dimension that is a name or None matches any size. ``shape`` None: the model does not say how
+    many axes the input has, and arrays of any shape fit it.
     """
 
     name: str
     dtype: str
-    shape: tuple[Dim, ...]
+    shape: tuple[Dim, ...] | None
 
 
 def check_sample(key: str, feeds: Feeds, specs: Sequence[InputSpec]) -> None:
@@ -46,10 +47,15 @@ def check_sample(key: str, feeds: Feeds, specs: Sequence[InputSpec]) -> None:
 def stackable(feeds: Feeds, specs: Sequence[InputSpec]) -> bool:
     """Whether the sample's arrays lack the batch axis, so that several can be stacked.
 
+    An input of unknown rank goes with the others. Where all are of unknown rank nothing tells, and
+    they count as without the axis, which is how every source gives them unless its user adds it.
     Raises QD303 where some lack it and others do not.
     """
-    lacking = [spec.name for spec in specs if feeds[spec.name].ndim == len(spec.shape) - 1]
-    carrying = [spec.name for spec in specs if feeds[spec.name].ndim == len(spec.shape)]
+    ranked = {spec.name: len(spec.shape) for spec in specs if spec.shape is not None}
+    if specs and not ranked:
+        return True
+    lacking = [name for name, rank in ranked.items() if feeds[name].ndim == rank - 1]
+    carrying = [name for name, rank in ranked.items() if feeds[name].ndim == rank]
     if lacking and carrying:
         raise DataError(
             "QD303",
@@ -99,6 +105,8 @@ def _check_names(key: str, feeds: Feeds, specs: Sequence[InputSpec]) -> None:
 
 
 def _check_shape(key: str, array: NDArray[Any], spec: InputSpec) -> None:
+    if spec.shape is None:
+        return
     whole, inner = spec.shape, spec.shape[1:]
     if array.ndim == len(whole):
         fits = _matches(array.shape, whole)

@@ -7,6 +7,8 @@
               its own (``supervised``, ``supervisor``); ``result`` reads what it left.
 ``function``  the user's own Python function.
 ``scorer``    any of the three, behind one function.
+``reference`` the float model's outputs, on disk.
+``overlap``   are evaluation samples calibration samples?
 ``compare``   layer by layer, fed by float inputs and by the quantized model's own.
 ``dump``      outputs as text files, for tools that read them.
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from qdist.data.checks import InputSpec, check_sample, fixed_batch, stackable
 from qdist.data.shards import stack
 from qdist.data.source import DataSource, Feeds
-from qdist.errors import DataError
+from qdist.errors import DataError, EvaluationError
 from qdist.evaluate.metrics import Accumulator, find_metric
 from qdist.evaluate.report import EvalReport
 from qdist.model.session import Execution, run, scoring_session
@@ -124,44 +124,46 @@ def batches(
         yield _joined(held, source, inputs)
 
 
-def float_outputs(runner: Runner, evaluation: DatasetEvaluation) -> list[Outputs]:
+def float_outputs(runner: Runner, evaluation: DatasetEvaluation) -> Iterator[Outputs]:
     """The float model's outputs for every run of the data set, to compare others with."""
-    return [
-        runner.run(batch.feeds)
-        for batch in batches(evaluation.source, runner.inputs, evaluation.batch)
-    ]
+    for batch in batches(evaluation.source, runner.inputs, evaluation.batch):
+        yield runner.run(batch.feeds)
 
 
 def evaluate_on(
     runner: Runner,
     evaluation: DatasetEvaluation,
-    reference: list[Outputs] | None = None,
+    reference: Iterable[Outputs] | None = None,
     *,
+    keep: Callable[[Outputs], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> EvalReport:
     """Measure the metric, and with a reference the label-free ones beside it.
 
-    ``on_progress(n)``: samples done so far. Raises `DataError`, QD205, QD704.
+    ``reference``: the float model's outputs, run by run. ``keep``: says that this is the float
+    model, whose outputs are their own reference, and takes those of each run. ``on_progress(n)``:
+    samples done so far. A metric beside the score that does not fit the model is left out, with
+    a line in the report's log. Raises `DataError`, QD205, QD704.
     """
     begin = time.perf_counter()
     metric = find_metric(evaluation.metric)
-    names = [evaluation.metric]
-    if reference is not None:
-        names += [name for name in BESIDE if name != evaluation.metric]
-    accumulators: dict[str, Accumulator] = {
-        name: find_metric(name).make(token_input=evaluation.token_input) for name in names
-    }
+    has_reference = reference is not None or keep is not None
+    score = metric.make(token_input=evaluation.token_input)
+    beside = _Beside(evaluation) if has_reference else None
+    others = None if reference is None else iter(reference)
     n = 0
-    for i, batch in enumerate(batches(evaluation.source, runner.inputs, evaluation.batch)):
+    for batch in batches(evaluation.source, runner.inputs, evaluation.batch):
         outputs = runner.run(batch.feeds)
-        for accumulator in accumulators.values():
-            accumulator.update(
-                outputs, batch.feeds, batch.labels, reference[i] if reference else None
-            )
+        if keep is not None:
+            keep(outputs)
+        expected = outputs if keep is not None else _next(others, batch)
+        score.update(outputs, batch.feeds, batch.labels, expected)
+        if beside is not None:
+            beside.update(outputs, batch, expected)
         n += len(batch.keys)
         if on_progress is not None:
             on_progress(n)
-    results = {name: accumulator.result() for name, accumulator in accumulators.items()}
+    results = {evaluation.metric: score.result(), **(beside.results() if beside else {})}
     return EvalReport(
         score=results[evaluation.metric],
         metric=evaluation.metric,
@@ -169,7 +171,47 @@ def evaluate_on(
         metrics=results,
         n_samples=n,
         seconds=time.perf_counter() - begin,
+        log="\n".join(beside.notes) if beside else "",
     )
+
+
+class _Beside:
+    """The label-free metrics beside the score. One that does not fit the model's outputs, as
+    where they have no sample axis, must not cost the score: it is dropped, with a note."""
+
+    def __init__(self, evaluation: DatasetEvaluation) -> None:
+        self._accumulators: dict[str, Accumulator] = {
+            name: find_metric(name).make(token_input=evaluation.token_input)
+            for name in BESIDE
+            if name != evaluation.metric
+        }
+        self.notes: list[str] = []
+
+    def update(self, outputs: Outputs, batch: EvalBatch, expected: Outputs | None) -> None:
+        for name, accumulator in list(self._accumulators.items()):
+            try:
+                accumulator.update(outputs, batch.feeds, batch.labels, expected)
+            except (EvaluationError, ValueError) as error:
+                del self._accumulators[name]
+                self.notes.append(f"{name} is left out: {error}")
+
+    def results(self) -> dict[str, float]:
+        return {name: accumulator.result() for name, accumulator in self._accumulators.items()}
+
+
+def _next(reference: Iterator[Outputs] | None, batch: EvalBatch) -> Outputs | None:
+    if reference is None:
+        return None
+    found = next(reference, None)
+    if found is None:
+        raise DataError(
+            "QD306",
+            where=f"samples {batch.keys[0]} to {batch.keys[-1]}",
+            got="samples that were not there when the float model ran",
+            expected="the same samples for every model",
+            mend="leave the evaluation data as it is until the command ends",
+        )
+    return found
 
 
 def _alike(a: Feeds, b: Feeds) -> bool:

@@ -51,7 +51,8 @@ class Deviation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerComparison:
-    """One quantized layer. ``tensor``: its first output; ``alone`` and ``in_place`` as above."""
+    """One quantized layer. ``tensor``: its first output that is used; ``alone`` and ``in_place`` as
+    above."""
 
     name: str
     op_type: str
@@ -221,9 +222,10 @@ def _in_place(
 
 
 def _first_outputs(frozen: FrozenModel, projected: ProjectedPlan) -> dict[str, str]:
-    """Quantized layer -> its first output, in the order of the graph."""
+    """Quantized layer -> its first output that is used, in the order of the graph."""
     wanted = {layer.name for layer in projected.plan.layers if layer.is_quantized}
-    return {n.name: str(n.output[0]) for n in frozen.proto().graph.node if n.name in wanted}
+    nodes = [node for node in frozen.proto().graph.node if node.name in wanted]
+    return {node.name: next(name for name in node.output if name) for node in nodes}
 
 
 def _first(

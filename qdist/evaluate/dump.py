@@ -154,7 +154,7 @@ def profile_text(plan: QuantizationPlan) -> str:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Names:
     """What is dumped: key, tensor or layer -> its part of a file name. ``tensors``: layer -> its
-    first output."""
+    first output that is used."""
 
     samples: dict[str, str]
     outputs: dict[str, str]
@@ -181,7 +181,7 @@ def _names(
     outputs = file_names(value.name for value in graph.output)
     tensors: dict[str, str] = {}
     if level >= 3:
-        first = {node.name: node.output[0] for node in graph.node if node.output}
+        first = {node.name: name for node in graph.node for name in reversed(node.output) if name}
         tensors = {layer.name: first[layer.name] for layer in plan.layers if layer.name in first}
     layers = file_names(tensors)
     keys = list(source.keys())[:max_samples]

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import TracebackType
+from typing import Self
 
 from qdist.data.source import DataSource
-from qdist.evaluate.builtin import (
-    DatasetEvaluation,
-    Outputs,
-    Runner,
-    evaluate_on,
-    float_outputs,
-)
+from qdist.evaluate.builtin import DatasetEvaluation, Runner, evaluate_on
 from qdist.evaluate.command import CommandEvaluation
 from qdist.evaluate.function import Executor, FunctionEvaluation
+from qdist.evaluate.reference import append_outputs, read_outputs
 from qdist.evaluate.report import EvalReport
+from qdist.files import make_folder, replacing
 from qdist.model.session import Execution
 
 Evaluation = DatasetEvaluation | CommandEvaluation | FunctionEvaluation
@@ -23,52 +23,83 @@ Evaluation = DatasetEvaluation | CommandEvaluation | FunctionEvaluation
 
 @dataclass(slots=True, kw_only=True)
 class Scorer:
-    """Scores models with one evaluation. Keeps the float model's outputs between models.
+    """Scores models with one evaluation; a context manager.
+
+    Where the evaluation is a data set, the float model runs once: its outputs are kept in a file
+    below ``scratch`` until the block is left, and read run by run beside those of other models.
 
     ``float_model``: the model as the user gave it. ``scratch``: where commands get their working
-    folders. ``batch_size``, ``iteration`` and ``dataset`` are handed to a user's function.
+    folders. ``reference``: the file that another scorer, which outlives this one, keeps the float
+    model's outputs in; None until the float model ran. ``batch_size``, ``iteration`` and
+    ``dataset`` are handed to a user's function.
     """
 
     evaluation: Evaluation
     float_model: Path
     scratch: Path
     execution: Execution
+    reference: Path | None = None
     batch_size: int = 1
     iteration: int | None = None
     dataset: str | None = None
-    _reference: list[Outputs] | None = field(default=None, repr=False)
+    _folder: TemporaryDirectory[str] | None = field(default=None, repr=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = self.reference = None
 
     def score(self, model: Path) -> EvalReport:
-        """Score a model on disk. Raises `EvaluationError`, `DataError`, QD205."""
+        """Score a model on disk. Raises `EvaluationError`, `DataError`, QD205, QD603."""
         if isinstance(self.evaluation, CommandEvaluation):
             return self.evaluation.run(model, self.scratch)
-        runner = Runner(model, self.execution)
         if isinstance(self.evaluation, FunctionEvaluation):
-            return self.evaluation.run(
-                Executor(
-                    run=runner.run,
-                    input_nodes=[spec.name for spec in runner.inputs],
-                    output_nodes=runner.output_names,
-                    model_path=model,
-                    iteration=self.iteration,
-                    batch_size=self.batch_size,
-                    dataset=self.dataset,
-                )
-            )
-        return evaluate_on(runner, self.evaluation, self.reference())
-
-    def reference(self) -> list[Outputs] | None:
-        """The float model's outputs; None for evaluations that bring their own data."""
-        if not isinstance(self.evaluation, DatasetEvaluation):
-            return None
-        if self._reference is None:
-            self._reference = float_outputs(
-                Runner(self.float_model, self.execution), self.evaluation
-            )
-        return self._reference
+            return self._call(self.evaluation, model)
+        reference = self.reference
+        if reference is None:
+            report, reference = self._score_float(self.evaluation)
+            if model == self.float_model:
+                return report
+        runner = Runner(model, self.execution)
+        return evaluate_on(runner, self.evaluation, read_outputs(reference))
 
     def source(self) -> DataSource | None:
         """The evaluation's own data, where it is a data set."""
         if isinstance(self.evaluation, DatasetEvaluation):
             return self.evaluation.source
         return None
+
+    def _call(self, evaluation: FunctionEvaluation, model: Path) -> EvalReport:
+        runner = Runner(model, self.execution)
+        return evaluation.run(
+            Executor(
+                run=runner.run,
+                input_nodes=[spec.name for spec in runner.inputs],
+                output_nodes=runner.output_names,
+                model_path=model,
+                iteration=self.iteration,
+                batch_size=self.batch_size,
+                dataset=self.dataset,
+            )
+        )
+
+    def _score_float(self, evaluation: DatasetEvaluation) -> tuple[EvalReport, Path]:
+        """One pass over the data: the float model's score, and its outputs into the file."""
+        runner = Runner(self.float_model, self.execution)
+        if self._folder is None:
+            self._folder = TemporaryDirectory(
+                prefix="qdist-reference-", dir=make_folder(self.scratch), ignore_cleanup_errors=True
+            )
+        path = Path(self._folder.name) / "outputs.npy"
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            report = evaluate_on(runner, evaluation, keep=partial(append_outputs, file))
+        self.reference = path
+        return report, path

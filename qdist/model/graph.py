@@ -10,6 +10,7 @@ import onnx
 import onnx.shape_inference
 from onnx import ModelProto, NodeProto, TensorProto
 
+from qdist.model.constants import RANDOM
 from qdist.model.freeze import FrozenModel
 from qdist.model.rewrite import names_read
 from qdist.model.session import Execution, measuring_session
@@ -62,6 +63,7 @@ class Graph:
             for name in dict.fromkeys(names_read(node)):
                 self.readers[name].append(node)
         self.input_names: list[str] = [value.name for value in self.proto.graph.input]
+        self._computed = self._computed_tensors()
         self.output_names: list[str] = [value.name for value in self.proto.graph.output]
         self._types = _inferred_types(self.proto)
         self._ask_runtime(execution or Execution())
@@ -76,8 +78,22 @@ class Graph:
         return found is not None and found.is_float
 
     def is_activation(self, tensor: str) -> bool:
-        """Whether the tensor is computed from the inputs (or is one)."""
-        return tensor in self.maker or tensor in self.input_names
+        """Whether the tensor is computed from the inputs (or is one). What an operator makes of
+        constants alone is none, even where it was too large to be folded."""
+        return tensor in self._computed
+
+    def _computed_tensors(self) -> set[str]:
+        """What depends on an input, or differs from run to run."""
+        found = set(self.input_names)
+        for node in self.nodes.values():
+            if node.op_type in RANDOM:
+                found.update(node.output)
+        front = list(found)
+        while front:
+            new = {name for node in self.readers.get(front.pop(), ()) for name in node.output}
+            front.extend(new - found)
+            found |= new
+        return found - {""}
 
     def _ask_runtime(self, execution: Execution) -> None:
         """Types that shape inference could not find (contrib operators) come from a session."""

@@ -2,7 +2,7 @@
 
 A layer is a node of the main graph that computes on floating-point activations. Its *activations*
 are the float inputs that depend on the model's inputs, its *weights* the constant ones that it
-multiplies or adds. Operators that only move data (Reshape, Transpose ...) are not layers.
+multiplies or adds. Constants that were too large to be computed ahead of time are neither. Operators that only move data (Reshape, Transpose ...) are not layers.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ class LayerInput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """A node whose precision can be chosen."""
+    """A node whose precision can be chosen. ``unfolded``: inputs that operators in the graph make
+    of constants alone."""
 
     name: str
     op_type: str
@@ -86,6 +87,7 @@ class Layer:
     weights: tuple[LayerInput, ...]
     outputs: tuple[str, ...]
     is_statistics: bool = False
+    unfolded: tuple[LayerInput, ...] = ()
 
     @property
     def is_compute(self) -> bool:
@@ -100,7 +102,7 @@ def find_layers(graph: Graph) -> tuple[Layer, ...]:
     for node in graph.proto.graph.node:
         if node.op_type in _MOVES or not any(graph.is_float(name) for name in node.output):
             continue
-        activations, weights = _data_inputs(graph, node)
+        activations, weights, unfolded = _data_inputs(graph, node)
         if not activations:
             continue
         layers.append(
@@ -115,6 +117,7 @@ def find_layers(graph: Graph) -> tuple[Layer, ...]:
                     node.op_type in ("Sub", "Mul", "Div")
                     and any(entry.tensor in statistics for entry in activations)
                 ),
+                unfolded=unfolded,
             )
         )
     return tuple(layers)
@@ -132,9 +135,10 @@ def view_source(graph: Graph, tensor: str) -> str:
 
 def _data_inputs(
     graph: Graph, node: NodeProto
-) -> tuple[tuple[LayerInput, ...], tuple[LayerInput, ...]]:
+) -> tuple[tuple[LayerInput, ...], ...]:
+    """Activations, weights, and what is neither: constants that were left unfolded."""
     positions = _DATA_INPUTS.get(node.op_type, (0,))
-    activations, weights = [], []
+    activations, weights, unfolded = [], [], []
     for i, name in enumerate(node.input):
         if not name or (positions is not None and i not in positions) or not graph.is_float(name):
             continue
@@ -143,7 +147,9 @@ def _data_inputs(
         elif name in graph.constants:
             axis = _channel_axis(graph, node, i, name)
             weights.append(LayerInput(index=i, tensor=name, channel_axis=axis))
-    return tuple(activations), tuple(weights)
+        else:
+            unfolded.append(LayerInput(index=i, tensor=name))
+    return tuple(activations), tuple(weights), tuple(unfolded)
 
 
 def _channel_axis(graph: Graph, node: NodeProto, index: int, weight: str) -> int | None:

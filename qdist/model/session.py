@@ -41,6 +41,13 @@ _FLAGS_THAT_MATTER = (
     "avx512_vnni",
     "avx_vnni",
     "amx_int8",
+    # ARM
+    "asimd",
+    "asimddp",
+    "i8mm",
+    "bf16",
+    "sve",
+    "sve2",
 )
 
 
@@ -132,7 +139,8 @@ def run(
             got=_first_line(error),
             expected="a run without error on inputs "
             + ", ".join(f"{name}{list(array.shape)}" for name, array in feeds.items()),
-            mend="check that the sample's shapes are ones the model was exported for",
+            mend="check that the sample's shapes are ones the model was exported for; where memory "
+            "ran out, lower calibration.micro_batch, evaluation.batch or compare.batch",
         ) from error
 
 

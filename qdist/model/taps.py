@@ -26,6 +26,12 @@ class TapPoint:
     dtype: str
     is_input: bool
 
+    @property
+    def output(self) -> str:
+        """The tapped graph's output that holds the values. NumPy has no bfloat16 to hand out, so
+        those leave as float32, which is exact."""
+        return f"{self.tensor}.float32" if self.dtype == "bfloat16" else self.tensor
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TapTable:
@@ -56,7 +62,9 @@ def find_taps(graph: Graph, mode: str = "all") -> TapTable:
     if mode not in MODES:
         raise ValueError(f"taps must be one of {MODES}, got {mode!r}")
     candidates = [name for name in graph.input_names if graph.is_float(name)]
-    candidates += [name for name in graph.maker if graph.is_float(name)]
+    candidates += [
+        name for name in graph.maker if graph.is_float(name) and graph.is_activation(name)
+    ]
     aliases = {name: source for name in candidates if (source := view_source(graph, name)) != name}
     wanted = {name for name in candidates if name not in aliases}
     if mode == "compute":
@@ -86,15 +94,20 @@ def find_taps(graph: Graph, mode: str = "all") -> TapTable:
 
 
 def tapped_graph(graph: Graph, taps: TapTable) -> bytes:
-    """The frozen graph with the taps as its only outputs, serialized."""
+    """The frozen graph with the taps' `TapPoint.output` as its only outputs, serialized."""
     proto = graph.model.proto()
     del proto.graph.output[:]
     for point in taps.points:
         if not point.is_input:
             found = graph.type_of(point.tensor)
             element = found.element if found is not None else onnx.TensorProto.FLOAT
+            if point.output != point.tensor:
+                element = onnx.TensorProto.FLOAT
+                proto.graph.node.append(
+                    onnx.helper.make_node("Cast", [point.tensor], [point.output], to=element)
+                )
             proto.graph.output.append(
-                onnx.helper.make_tensor_value_info(point.tensor, element, None)
+                onnx.helper.make_tensor_value_info(point.output, element, None)
             )
     return proto.SerializeToString()
 

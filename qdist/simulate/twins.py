@@ -23,8 +23,8 @@ SUFFIX = ".twin"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TwinGraph:
-    """``graph`` has, for each entry of ``outputs`` (layer -> its first output), the float tensor
-    of that name and the twin's of the name with `SUFFIX`."""
+    """``graph`` has, for each entry of ``outputs`` (layer -> its first output that is used), the
+    float tensor of that name and the twin's of the name with `SUFFIX`."""
 
     graph: QuantizedGraph
     outputs: dict[str, str]
@@ -51,7 +51,7 @@ def twin_graph(frozen: FrozenModel, projected: ProjectedPlan) -> TwinGraph:
                 nodes.extend(pairs.nodes[name])
                 placed.add(name)
         nodes.append(twin)
-        outputs[layer.name] = node.output[0]
+        outputs[layer.name] = next(name for name in node.output if name)
     rewrite.set_nodes(proto, nodes)
     proto.graph.initializer.extend(pairs.initializers)
     del proto.graph.output[:]

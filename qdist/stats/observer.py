@@ -48,7 +48,7 @@ class Observer:
     def __init__(self, spec: ObserverSpec) -> None:
         self._spec = spec
         self._session = measuring_session(spec.tapped_bytes, spec.data_folder, spec.execution)
-        self._fetched = [point.tensor for point in spec.taps.points if not point.is_input]
+        self._fetched = [point for point in spec.taps.points if not point.is_input]
 
     def observe(
         self,
@@ -77,8 +77,8 @@ class Observer:
     def _values(self, feeds: Feeds) -> dict[str, NDArray[np.float32]]:
         values: dict[str, NDArray[np.float32]] = {}
         if self._fetched:
-            outputs = run(self._session, self._fetched, dict(feeds))
-            values.update(zip(self._fetched, outputs, strict=True))
+            outputs = run(self._session, [p.output for p in self._fetched], dict(feeds))
+            values.update(zip((p.tensor for p in self._fetched), outputs, strict=True))
         values.update((p.tensor, feeds[p.tensor]) for p in self._spec.taps.points if p.is_input)
         return values
 

@@ -41,12 +41,30 @@ class CalibrationStore(Protocol):
         """The record of a committed shard. Raises QD403 when it is damaged or missing."""
         ...
 
-    def discard(self, shard_id: str) -> None:
-        """Forget a shard whose record turned out to be damaged, so that it can be redone."""
+    def discard(self, receipt: ShardReceipt) -> None:
+        """Forget a shard whose record turned out to be damaged, so that it can be redone.
+
+        Does nothing where another process has redone it meanwhile. Raises QD404.
+        """
         ...
 
     def finish(self, name: str, record: CalibrationRecord, about: dict[str, Any]) -> None:
-        """Keep a merged record under ``name`` and make it the one that `latest` gives."""
+        """Keep a merged record under ``name`` and make it the one that `latest` gives.
+
+        What others read at the moment stays readable. Raises QD404.
+        """
+        ...
+
+    def finished(self) -> list[str]:
+        """Names of all finished merges, sorted."""
+        ...
+
+    def find(self, name: str) -> tuple[CalibrationRecord, dict[str, Any]] | None:
+        """A finished merge and what was said about it; None where absent or damaged."""
+        ...
+
+    def make_latest(self, name: str) -> None:
+        """Let `latest` give the merge ``name``. Raises QD404."""
         ...
 
     def latest(self) -> tuple[CalibrationRecord, dict[str, Any]]:

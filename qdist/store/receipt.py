@@ -12,13 +12,15 @@ class ShardReceipt:
 
     ``shard_id``: hex digest of its samples and micro-batches. ``batches``: sample ids of each
     micro-batch, in order. ``record_digest``: of the record's content. ``made_by``: node, process
-    and seconds, for the report alone.
+    and seconds, for the report alone. ``kept_in``: where the store that gave the receipt has the
+    record, its own business; empty in a receipt that comes from no store.
     """
 
     shard_id: str
     batches: tuple[tuple[str, ...], ...]
     record_digest: str
     made_by: dict[str, Any] = field(default_factory=dict)
+    kept_in: str = field(default="", compare=False)
 
     @property
     def n_samples(self) -> int:
@@ -26,7 +28,7 @@ class ShardReceipt:
         return sum(len(batch) for batch in self.batches)
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON object."""
+        """As a JSON object, without ``kept_in``."""
         return {
             "shard_id": self.shard_id,
             "batches": [list(batch) for batch in self.batches],

@@ -11,8 +11,8 @@ Layout (schema 1)::
     finished/<name>/              group; attributes: what was merged, its digest and its folder
     head.json                     name of the last finished merge
 
-Every write goes to a folder of its own, so that a committed record is never written again. Every
-chunk carries a CRC-32C, and every record a SHA-256 in its receipt.
+Every write goes to a folder of its own, so that a committed record is never written again, and
+only what nobody can want is deleted: a damaged record, and one that came second. Every chunk carries a CRC-32C, and every record a SHA-256 in its receipt.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +29,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
-from zarr.core.buffer import default_buffer_prototype
+from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
@@ -139,53 +140,79 @@ class ZarrStore:
             if sync(self._store.exists(f"{key}/zarr.json")):
                 if self._receipt(receipt.shard_id) is not None:
                     return False
-                sync(self._store.delete_dir(key))
+                sync(self._store.delete(f"{key}/zarr.json"))
             folder = self._write_record(f"records/{receipt.shard_id}", record)
             attributes = {"receipt": receipt.to_json(), "record": folder}
             is_first = _create_group(self._store, key, attributes)
             if not is_first:
-                sync(self._store.delete_dir(folder))
+                self._delete_record(folder)
             return is_first
 
     def receipts(self) -> list[ShardReceipt]:
         """All committed shards, sorted by id. Damaged receipts count as absent."""
         found = (self._receipt(name) for name in self._children("receipts"))
         return sorted(
-            (kept[0] for kept in found if kept is not None), key=lambda receipt: receipt.shard_id
+            (receipt for receipt in found if receipt is not None), key=lambda r: r.shard_id
         )
 
     def read(self, receipt: ShardReceipt) -> CalibrationRecord:
         """The record of a committed shard. Raises QD403 when it is damaged or missing."""
-        kept = self._receipt(receipt.shard_id)
-        if kept is None:
+        folder = receipt.kept_in or self._kept_in(receipt.shard_id)
+        if not folder:
             raise _damaged(self.path, f"receipts/{receipt.shard_id}", "no receipt")
-        record = self._read_record(kept[1], receipt.n_samples)
+        record = self._read_record(folder, receipt.n_samples)
         if record.digest != receipt.record_digest:
-            raise _damaged(self.path, kept[1], "another digest")
+            raise _damaged(self.path, folder, "another digest")
         return record
 
-    def discard(self, shard_id: str) -> None:
-        """Forget a shard, so that it can be redone."""
+    def discard(self, receipt: ShardReceipt) -> None:
+        """Forget a shard, so that it can be redone, unless it was redone meanwhile. Raises QD404.
+
+        The receipt goes first: one without a record would only have others stumble.
+        """
+        kept_in = self._kept_in(receipt.shard_id)
+        folder = receipt.kept_in or kept_in
         with _writing(self.path):
-            for folder in ("receipts", "records"):
-                sync(self._store.delete_dir(f"{folder}/{shard_id}"))
+            if folder == kept_in:
+                sync(self._store.delete(f"receipts/{receipt.shard_id}/zarr.json"))
+            if folder:
+                self._delete_record(folder)
 
     def finish(self, name: str, record: CalibrationRecord, about: dict[str, Any]) -> None:
-        """Keep a merged record under ``name`` and make it the latest. Raises QD404."""
-        key = f"finished/{name}"
+        """Keep a merged record under ``name`` and make it the latest. Raises QD404.
+
+        An earlier merge of this name stays where it is, for others may be reading it.
+        """
         with _writing(self.path):
-            if not self._holds(name, record.digest):
-                sync(self._store.delete_dir(key))
-                folder = self._write_record(f"merged/{name}", record)
-                attributes = {
-                    "about": about,
-                    "digest": record.digest,
-                    "n_samples": record.n_samples,
-                    "record": folder,
-                }
-                _create_group(self._store, key, attributes)
-            head = json.dumps({"finished": name}).encode()
-            sync(self._store.set("head.json", default_buffer_prototype().buffer.from_bytes(head)))
+            folder = self._write_record(f"merged/{name}", record)
+            attributes = {
+                "about": about,
+                "digest": record.digest,
+                "n_samples": record.n_samples,
+                "record": folder,
+            }
+            sync(self._store.set(f"finished/{name}/zarr.json", _group_document(attributes)))
+        self.make_latest(name)
+
+    def finished(self) -> list[str]:
+        """Names of all finished merges, sorted."""
+        return self._children("finished")
+
+    def find(self, name: str) -> tuple[CalibrationRecord, dict[str, Any]] | None:
+        """A finished merge and what was said about it; None where absent or damaged."""
+        try:
+            return self._finished(name)
+        except StoreError:
+            return None
+
+    def make_latest(self, name: str) -> None:
+        """Let `latest` give the merge ``name``. Raises QD404."""
+        head = json.dumps({"finished": name}).encode()
+        present = sync(self._store.get("head.json", default_buffer_prototype()))
+        # A store that nobody may write any more can still be asked for what it holds.
+        if present is None or present.to_bytes() != head:
+            with _writing(self.path):
+                sync(self._store.set("head.json", _buffer(head)))
 
     def latest(self) -> tuple[CalibrationRecord, dict[str, Any]]:
         """The last finished merge and what was said about it. Raises QD402, QD403."""
@@ -218,23 +245,23 @@ class ZarrStore:
             raise _damaged(self.path, folder, "another digest")
         return record, about
 
-    def _holds(self, name: str, digest: str) -> bool:
-        """Whether this very record is kept under ``name``, undamaged."""
-        if name not in self._children("finished"):
-            return False
-        try:
-            return self._finished(name)[0].digest == digest
-        except StoreError:
-            return False
-
-    def _receipt(self, shard_id: str) -> tuple[ShardReceipt, str] | None:
-        """A shard's receipt and the folder of its record; None where absent or damaged."""
+    def _receipt(self, shard_id: str) -> ShardReceipt | None:
+        """A shard's receipt; None where absent or damaged."""
         try:
             told = _attributes(self._store, f"receipts/{shard_id}")
             receipt = ShardReceipt.from_json(told["receipt"])
-            return (receipt, str(told["record"])) if receipt.shard_id == shard_id else None
+            return (
+                replace(receipt, kept_in=str(told["record"]))
+                if receipt.shard_id == shard_id
+                else None
+            )
         except _UNREADABLE:
             return None
+
+    def _kept_in(self, shard_id: str) -> str:
+        """The folder of the shard's record as of now; empty where there is no sound receipt."""
+        receipt = self._receipt(shard_id)
+        return receipt.kept_in if receipt is not None else ""
 
     def _children(self, folder: str) -> list[str]:
         async def names() -> list[str]:
@@ -267,6 +294,11 @@ class ZarrStore:
             array[...] = values
         return folder
 
+    def _delete_record(self, folder: str) -> None:
+        """Delete one write, perhaps at the same time as another process; it may leave leftovers."""
+        with suppress(FileNotFoundError):
+            sync(self._store.delete_dir(folder))
+
     def _read_record(self, folder: str, n_samples: int) -> CalibrationRecord:
         try:
             group = zarr.open_group(self._store, path=folder, mode="r")
@@ -287,14 +319,22 @@ class ZarrStore:
 
 def _create_group(store: LocalStore, path: str, attributes: dict[str, Any]) -> bool:
     """Write a group's metadata only if there is none; whether this call was the one."""
-    document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
     key = f"{path}/zarr.json" if path else "zarr.json"
-    data = default_buffer_prototype().buffer.from_bytes(json.dumps(document).encode())
+    data = _group_document(attributes)
     if sync(store.exists(key)):
         return False
     sync(store.set_if_not_exists(key, data))
     written = sync(store.get(key, default_buffer_prototype()))
     return written is not None and written.to_bytes() == data.to_bytes()
+
+
+def _group_document(attributes: dict[str, Any]) -> Buffer:
+    document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    return _buffer(json.dumps(document).encode())
+
+
+def _buffer(data: bytes) -> Buffer:
+    return default_buffer_prototype().buffer.from_bytes(data)
 
 
 def _attributes(store: LocalStore, path: str) -> dict[str, Any]:
