@@ -20,14 +20,20 @@ def make_folder(path: Path) -> Path:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise ArtifactError(
-            "QD603",
-            where=str(path),
-            got=error.strerror or str(error),
-            expected="a folder that this user can write",
-            mend="choose another folder with output.folder=PATH, or change its permissions",
-        ) from error
+        raise unwritable(path, error, "a folder that this user can write") from error
     return path
+
+
+def unwritable(path: Path, error: OSError, expected: str) -> ArtifactError:
+    """The QD603 that says why ``path`` cannot be written, to be raised."""
+    return ArtifactError(
+        "QD603",
+        where=str(path),
+        got=error.strerror or str(error),
+        expected=expected,
+        mend="free some space, change its permissions, or choose another place with "
+        "output.folder=PATH",
+    )
 
 
 @contextmanager
@@ -42,13 +48,7 @@ def replacing(path: Path) -> Iterator[Path]:
         # Some of these are OSErrors too, and already say what is wrong.
         raise
     except OSError as error:
-        raise ArtifactError(
-            "QD603",
-            where=str(path),
-            got=error.strerror or str(error),
-            expected="a file that this user can write",
-            mend="free some space, choose another folder, or change its permissions",
-        ) from error
+        raise unwritable(path, error, "a file that this user can write") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -17,8 +17,7 @@ from pathlib import Path
 
 from onnx import TensorProto, numpy_helper
 
-from qdist.errors import ArtifactError
-from qdist.files import make_folder
+from qdist.files import make_folder, unwritable
 from qdist.model.rewrite import tensors
 from qdist.model.weights import external_range, n_bytes_of
 from qdist.simulate.assemble import QuantizedGraph
@@ -68,12 +67,8 @@ def write_model(graph: QuantizedGraph, path: Path, tag: str = "00000000") -> Wri
         os.replace(partial, path)
         _remove_stale(path, data_path)
     except OSError as error:
-        raise ArtifactError(
-            "QD603",
-            where=str(path),
-            got=error.strerror or str(error),
-            expected=f"room for {total / 1e6:.0f} MB in a folder that this user can write",
-            mend="free some space or choose another folder with output.folder=PATH",
+        raise unwritable(
+            path, error, f"room for {total / 1e6:.0f} MB in a folder that this user can write"
         ) from error
     finally:
         partial.unlink(missing_ok=True)
@@ -106,13 +101,7 @@ def move_model(written: WrittenModel, path: Path) -> WrittenModel:
         os.replace(written.path, path)
         _remove_stale(path, data_path)
     except OSError as error:
-        raise ArtifactError(
-            "QD603",
-            where=str(path),
-            got=error.strerror or str(error),
-            expected="a file that this user can write",
-            mend="choose another folder with output.folder=PATH",
-        ) from error
+        raise unwritable(path, error, "a file that this user can write") from error
     return replace(written, path=path, data_path=data_path)
 
 
