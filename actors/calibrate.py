@@ -10,7 +10,7 @@ from typing import Any
 
 from actors.pool import Completed, Failed, Retried, WorkerJoined, WorkerLost, WorkerPool
 from actors.session import ClusterSpec, ray_session
-from qdist.calibration import CalibrationJob, Merged, finish, open_shards, run_shard
+from qdist.calibration import CalibrationJob, Merged, complete, recall, run_shard
 from qdist.data.shards import Shard
 from qdist.data.source import DataSource
 from qdist.digest import canonical_json
@@ -23,7 +23,10 @@ from qdist.store.zarr_store import ZarrStore
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationProgress:
-    """Where a run stands. ``resumed``: samples that an earlier run had already measured."""
+    """Where a run stands. ``resumed``: samples that an earlier run had already measured.
+
+    ``n_merged`` of ``n_records``: how far the merge is that follows the last sample; both 0 before.
+    """
 
     done: int
     total: int
@@ -31,6 +34,8 @@ class CalibrationProgress:
     n_workers: int
     n_retried: int
     message: str = ""
+    n_merged: int = 0
+    n_records: int = 0
 
 
 class CalibrationWorker:
@@ -68,26 +73,52 @@ def calibrate(
 
     Raises what a worker raises, QD407 for a pool of mixed fingerprints, QD801 to QD804.
     """
-    shards = open_shards(job, store)
     total = len(job.manifest)
-    resumed = total - sum(shard.n_samples for shard in shards)
-    report = on_progress or (lambda progress: None)
-    state = CalibrationProgress(
-        done=resumed, total=total, resumed=resumed, n_workers=0, n_retried=0
-    )
-    report(state)
-    if shards:
+    state = CalibrationProgress(done=total, total=total, resumed=total, n_workers=0, n_retried=0)
+
+    def report(now: CalibrationProgress) -> None:
+        nonlocal state
+        state = now
+        if on_progress is not None:
+            on_progress(now)
+
+    def measure(shards: tuple[Shard, ...]) -> None:
+        report(_before(shards, state))
         make_worker = partial(CalibrationWorker, job, source, store.path)
         with (
             ray_session(cluster),
             WorkerPool[Shard, ShardReceipt](cluster, make_worker, name="calibration") as pool,
         ):
             _refuse_mixed(job, pool.facts)
-            report(replace(state, n_workers=pool.n_workers_alive))
+            report(replace(state, n_workers=pool.n_workers_alive, message=""))
             for shard in shards:
                 pool.submit(shard)
             _collect(job, pool, state, report)
-    return finish(job, store)
+
+    def merging(done: int, n_records: int) -> None:
+        report(replace(state, message="", n_merged=done, n_records=n_records))
+
+    merged = recall(job, store)
+    if merged is not None:
+        report(state)
+        return merged
+    return complete(job, store, measure, on_merge=merging)
+
+
+def _before(shards: tuple[Shard, ...], state: CalibrationProgress) -> CalibrationProgress:
+    """Where a round starts that has ``shards`` to measure. The second one says why there is one."""
+    left = sum(shard.n_samples for shard in shards)
+    done = state.total - left
+    return replace(
+        state,
+        done=done,
+        resumed=min(state.resumed, done),
+        message=f"{left} samples to measure again: their records are damaged or gone"
+        if state.n_records
+        else "",
+        n_merged=0,
+        n_records=0,
+    )
 
 
 def _collect(
@@ -96,7 +127,7 @@ def _collect(
     state: CalibrationProgress,
     report: Callable[[CalibrationProgress], None],
 ) -> None:
-    done, n_retried = state.done, 0
+    done, n_retried = state.done, state.n_retried
     while pool.n_pending:
         event = pool.next_event(0.5)
         message = ""
@@ -114,10 +145,9 @@ def _collect(
                 _refuse_mixed(job, [event.facts])
                 message = f"worker {event.worker} joins"
         report(
-            CalibrationProgress(
+            replace(
+                state,
                 done=done,
-                total=state.total,
-                resumed=state.resumed,
                 n_workers=pool.n_workers_alive,
                 n_retried=n_retried,
                 message=message,

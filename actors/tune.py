@@ -1,6 +1,6 @@
 """The search over a pool of its own: every trial is planned, written, loaded and scored by one
-worker, which keeps its histograms and its ranges between trials. The float model's outputs are computed
-once, by whoever starts the search, and read from disk."""
+worker, which keeps its histograms and its ranges between trials. The float model's outputs are
+computed once, by whoever starts the search, and read from disk."""
 
 from __future__ import annotations
 

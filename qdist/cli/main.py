@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     except KeyboardInterrupt:
         Console(stderr=True).print(
-            "stopped; what was measured is kept, and the same command goes on from there",
+            "stopped; what was measured is kept, and calibration goes on from there",
             style="yellow",
         )
         return INTERRUPTED

@@ -108,7 +108,9 @@ class CalibrationConfig(Group):
     """How activations are measured."""
 
     micro_batch: int = Field(4, ge=1, description="samples per run of the model, at most")
-    shard_samples: int = Field(16, ge=1, description="samples per shard, the unit of work")
+    shard_samples: int | None = Field(
+        None, ge=1, description="samples per shard, the unit of work; null: by their number"
+    )
     taps: Literal["all", "compute"] = Field(
         "all", description="all activations, or those that matmul- and conv-like layers read"
     )

@@ -89,7 +89,8 @@ def session_inputs(session: ort.InferenceSession) -> tuple[InputSpec, ...]:
         InputSpec(
             name=value.name,
             dtype=_ORT_DTYPES.get(value.type, "float32"),
-            shape=tuple(value.shape),
+            # ONNX Runtime gives [] for an unknown rank too, which is far commoner than a scalar.
+            shape=tuple(value.shape) or None,
         )
         for value in session.get_inputs()
     )

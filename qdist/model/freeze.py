@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.checker
 import onnx.inliner
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from qdist.digest import digest_bytes
 from qdist.errors import ModelError
 from qdist.model import constants, rewrite
-from qdist.model.loading import ModelFile
+from qdist.model.loading import ModelFile, combined_digest, external_ranges
 from qdist.model.opset import raise_opset
 from qdist.model.session import Execution, measuring_session, run, scoring_session
 from qdist.model.weights import Weights
@@ -36,7 +36,8 @@ class FrozenModel:
     """A frozen graph. Immutable and picklable; small when the weights are external.
 
     ``graph_bytes`` is a serialized ``ModelProto`` whose external data (if any) lies in
-    ``data_folder``; ``digest`` covers the graph and all weights.
+    ``data_folder``; ``digest`` covers the graph and all weights, but nothing of the given file
+    that freezing dropped.
     """
 
     graph_bytes: bytes
@@ -59,8 +60,8 @@ class FrozenModel:
 def freeze(model: ModelFile, execution: Execution | None = None) -> FrozenModel:
     """Simplify ``model`` once and for all.
 
-    Raises `ModelError`: QD204, QD205 when constants cannot be computed, QD206 when the opset
-    cannot be raised.
+    Raises `ModelError`: QD202 for recursive local functions, QD204, QD205 when constants cannot be
+    computed, QD206 when the opset cannot be raised.
     """
     execution = execution or Execution()
     notes: list[str] = []
@@ -68,7 +69,7 @@ def freeze(model: ModelFile, execution: Execution | None = None) -> FrozenModel:
     rewrite.drop_initializer_inputs(proto)
     before = rewrite.opset_of(proto)
     if proto.functions:
-        proto = onnx.inliner.inline_local_functions(proto)
+        proto = _inlined(proto, model.path)
         notes.append("local functions were inlined")
     if before < LOWEST_OPSET:
         proto = raise_opset(proto, LOWEST_OPSET)
@@ -91,12 +92,28 @@ def freeze(model: ModelFile, execution: Execution | None = None) -> FrozenModel:
     return FrozenModel(
         graph_bytes=graph_bytes,
         data_folder=model.folder,
-        digest=digest_bytes(graph_bytes, model.digest.encode()),
+        digest=combined_digest(
+            graph_bytes,
+            (model.range_digests[place] for place in external_ranges(proto, model.folder)),
+        ),
         source=model.path,
         source_digest=model.digest,
         n_source_bytes=model.n_bytes,
         notes=tuple(notes),
     )
+
+
+def _inlined(proto: ModelProto, path: Path) -> ModelProto:
+    try:
+        return onnx.inliner.inline_local_functions(proto)
+    except (onnx.checker.ValidationError, RuntimeError, ValueError) as error:
+        raise ModelError(
+            "QD202",
+            where=str(path),
+            got=f"local functions that cannot be inlined: {str(error).strip()[:300]}",
+            expected="local functions that do not call themselves",
+            mend="export the model without local functions",
+        ) from error
 
 
 def frozen_difference(

@@ -2,7 +2,8 @@
 
 A layer is a node of the main graph that computes on floating-point activations. Its *activations*
 are the float inputs that depend on the model's inputs, its *weights* the constant ones that it
-multiplies or adds. Constants that were too large to be computed ahead of time are neither. Operators that only move data (Reshape, Transpose ...) are not layers.
+multiplies or adds; constants too large to be computed ahead of time are neither. Operators that
+only move data (Reshape, Transpose ...) are not layers.
 """
 
 from __future__ import annotations
@@ -133,9 +134,7 @@ def view_source(graph: Graph, tensor: str) -> str:
     return tensor
 
 
-def _data_inputs(
-    graph: Graph, node: NodeProto
-) -> tuple[tuple[LayerInput, ...], ...]:
+def _data_inputs(graph: Graph, node: NodeProto) -> tuple[tuple[LayerInput, ...], ...]:
     """Activations, weights, and what is neither: constants that were left unfolded."""
     positions = _DATA_INPUTS.get(node.op_type, (0,))
     activations, weights, unfolded = [], [], []

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 from google.protobuf.message import DecodeError
 
+from qdist.digest import digest_bytes
 from qdist.errors import ModelError
 from qdist.model.rewrite import tensors
-from qdist.model.weights import external_range
+from qdist.model.weights import ExternalRange, external_range
 
 _BLOCK_BYTES = 1 << 24
 
@@ -23,13 +24,14 @@ class ModelFile:
 
     ``graph_bytes`` is the serialized ``ModelProto`` with external data left outside; ``digest``
     is SHA-256 over it and over every external byte it refers to, so one changed weight byte is
-    another model.
+    another model. ``range_digests``: SHA-256 of each external range.
     """
 
     path: Path
     graph_bytes: bytes
     digest: str
     n_bytes: int
+    range_digests: Mapping[ExternalRange, str]
 
     @property
     def folder(self) -> Path:
@@ -61,26 +63,45 @@ def load_model(
         )
     graph_bytes = _read(path)
     proto = _parse(path, graph_bytes)
-    total = len(graph_bytes)
-    ranges = []
-    for tensor in tensors(proto):
-        place = external_range(tensor, path.parent)
-        if place is not None:
-            ranges.append(place)
-            total += place.n_bytes
-    h = hashlib.sha256(graph_bytes)
+    ranges = external_ranges(proto, path.parent)
+    total = len(graph_bytes) + sum(place.n_bytes for place in ranges)
     done = len(graph_bytes)
+    digests: dict[ExternalRange, str] = {}
     for place in ranges:
-        with place.path.open("rb") as file:
-            file.seek(place.offset)
-            left = place.n_bytes
-            while left and (block := file.read(min(left, _BLOCK_BYTES))):
-                h.update(block)
-                left -= len(block)
-                done += len(block)
-                if on_progress is not None:
-                    on_progress(done, total)
-    return ModelFile(path=path, graph_bytes=graph_bytes, digest=h.hexdigest(), n_bytes=total)
+        h = hashlib.sha256()
+        for block in _blocks(place):
+            h.update(block)
+            done += len(block)
+            if on_progress is not None:
+                on_progress(done, total)
+        digests[place] = h.hexdigest()
+    return ModelFile(
+        path=path,
+        graph_bytes=graph_bytes,
+        digest=combined_digest(graph_bytes, digests.values()),
+        n_bytes=total,
+        range_digests=digests,
+    )
+
+
+def combined_digest(graph_bytes: bytes, range_digests: Iterable[str]) -> str:
+    """Hex SHA-256 of a graph and, in the order that it names them, its external ranges."""
+    return digest_bytes(graph_bytes, *(entry.encode() for entry in range_digests))
+
+
+def external_ranges(model: onnx.ModelProto, folder: Path) -> list[ExternalRange]:
+    """Where the model's external tensors lie, each range once. Raises QD204."""
+    places = (external_range(tensor, folder) for tensor in tensors(model))
+    return list(dict.fromkeys(place for place in places if place is not None))
+
+
+def _blocks(place: ExternalRange) -> Iterator[bytes]:
+    with place.path.open("rb") as file:
+        file.seek(place.offset)
+        left = place.n_bytes
+        while left and (block := file.read(min(left, _BLOCK_BYTES))):
+            yield block
+            left -= len(block)
 
 
 def _read(path: Path) -> bytes:

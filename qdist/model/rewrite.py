@@ -172,13 +172,21 @@ def complete_outputs(model: ModelProto) -> None:
 
 
 def strip_documentation(model: ModelProto) -> None:
-    """Exporters' remarks and local paths do not count as the model."""
-    model.doc_string = ""
-    model.graph.doc_string = ""
-    for node in model.graph.node:
-        node.doc_string = ""
-        del node.metadata_props[:]
+    """Exporters' remarks, names and local paths do not count as the model."""
+    model.doc_string = model.producer_name = model.producer_version = ""
+    model.domain, model.model_version = "", 0
     del model.metadata_props[:]
+    _strip_graph(model.graph)
+
+
+def _strip_graph(graph: GraphProto) -> None:
+    values = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
+    for entry in (graph, *graph.node, *values):
+        entry.doc_string = ""
+        del entry.metadata_props[:]
+    for node in graph.node:
+        for body in subgraphs(node):
+            _strip_graph(body)
 
 
 def _rename_inputs(node: NodeProto, renamed: dict[str, str]) -> None:

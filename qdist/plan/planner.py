@@ -6,21 +6,22 @@ ask for hundreds of plans. It never runs the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from qdist.errors import StoreError
-from qdist.model.graph import Graph
-from qdist.model.layers import Layer, LayerInput, find_layers
+from qdist.errors import ModelError, PlanError, StoreError
+from qdist.model.graph import FLOAT_TYPES, Graph
+from qdist.model.layers import VIEWS, Layer, LayerInput, find_layers
 from qdist.model.taps import TapTable
 from qdist.plan.choice import LayerChoice
 from qdist.plan.fusion import find_fusions
 from qdist.plan.plan import LayerPlan, QuantizationPlan, QuantizedInput
 from qdist.plan.precision import activation_levels, weight_levels
 from qdist.plan.quantizer import Quantizer
+from qdist.plan.rules import Rule
 from qdist.plan.scope import left_out
 from qdist.plan.weight_range import weight_quantizer
 from qdist.stats.record import CalibrationRecord
@@ -73,17 +74,54 @@ class Planner:
         why: Mapping[str, str] | None = None,
         notes: tuple[str, ...] = (),
     ) -> QuantizationPlan:
-        """The plan for one choice per layer name. Raises QD406 when a row was not measured."""
+        """The plan for one choice per layer name.
+
+        Raises QD406 when a row was not measured, QD209 when no layer can be quantized though the
+        choices ask for it.
+        """
         layers = tuple(
             self._layer(layer, choices[layer.name], (why or {}).get(layer.name, "default"))
             for layer in self.layers
         )
+        if not any(layer.is_quantized for layer in layers):
+            self._refuse_float(layers, choices)
         return QuantizationPlan(
             model_digest=self.graph.model.digest,
             statistics_digest=self._record.digest,
             layers=layers,
-            notes=notes,
+            notes=(*notes, *_method_notes(layers), *_fusion_notes(layers)),
         )
+
+    def check_rules(self, rules: Iterable[Rule]) -> None:
+        """Raise QD503 for a rule without effect: every layer that it matches is computed with
+        another, or stays float though the rule asks for more."""
+        for rule in rules:
+            idle = {
+                layer.name: reason
+                for layer in self.layers
+                if rule.matches(layer) and (reason := self._idle(layer.name, rule)) is not None
+            }
+            if not idle or len(idle) < sum(rule.matches(layer) for layer in self.layers):
+                continue
+            name, reason = next(iter(idle.items()))
+            host = self.fused.get(name)
+            raise PlanError(
+                "QD503",
+                where=f"rule {rule.match!r}",
+                got=f"no effect on the {len(idle)} layers that match, such as {name}",
+                expected=f"{name} is {reason}; write the rule for {host}"
+                if host is not None
+                else f"a layer that is quantized; {name} stays float: {reason}",
+                mend="correct or remove the rule; qdist show lists the layers",
+            )
+
+    def _idle(self, name: str, rule: Rule) -> str | None:
+        """Why the rule means nothing to the layer, or None."""
+        if name in self.fused:
+            return f"computed with {self.fused[name]}"
+        if rule.settings.get("precision") == "float32":
+            return None
+        return self._left_out.get(name)
 
     def weight_elements(self, layer: Layer) -> int:
         """How many weight values a matmul- or conv-like layer has; 0 for any other."""
@@ -102,11 +140,16 @@ class Planner:
             reason = f"computed with {self.fused[layer.name]}"
         if reason is None and choice.bits.is_float:
             reason = "precision float32"
+        for entry in layer.unfolded:
+            left[entry.tensor] = reason or self._unfolded(entry.tensor)
         for entry in (*layer.activations, *layer.weights):
             is_weight = entry in layer.weights
             found: Quantizer | str
             if reason is not None:
                 found = reason
+            elif layer.op_type == "Div" and entry.index == 1:
+                # What rounds to 0 would make infinities and NaN of ordinary values.
+                found = "a divisor"
             elif is_weight:
                 found = self._weight(layer, entry, choice)
             else:
@@ -125,6 +168,35 @@ class Planner:
             why=why,
             left_float=left,
             fused_with=self.fused.get(layer.name),
+        )
+
+    def _unfolded(self, tensor: str) -> str:
+        op_type = self.graph.maker[tensor].op_type
+        kind = "large weight" if op_type in VIEWS else "constant"
+        return f"a {kind} behind {op_type}, not folded"
+
+    def _refuse_float(
+        self, layers: Iterable[LayerPlan], choices: Mapping[str, LayerChoice]
+    ) -> None:
+        """Raise QD209 if any layer that has a choice was to be quantized."""
+        asked = self.choosable() or self.layers
+        if all(choices[layer.name].bits.is_float for layer in asked):
+            return
+        inputs = [e.tensor for layer in asked for e in (*layer.activations, *layer.weights)]
+        types = {self.graph.type_of(name) for name in inputs}
+        names = sorted({FLOAT_TYPES.get(t.element, "?") for t in types if t is not None})
+        reasons = dict.fromkeys(r for layer in layers for r in layer.left_float.values())
+        is_other = bool(names) and "float32" not in names
+        raise ModelError(
+            "QD209",
+            where=str(self.graph.model.source),
+            got=f"a {' and '.join(names)} model, of which no layer is quantized"
+            if is_other
+            else f"no layer with a quantized input ({'; '.join(list(reasons)[:3])})",
+            expected="a float32 model with layers that can be quantized",
+            mend="export the model in float32"
+            if is_other
+            else "widen quantization.scope, change the rules, or use the float model",
         )
 
     def _activation(self, tensor: str, choice: LayerChoice) -> Quantizer | str:
@@ -167,7 +239,7 @@ class Planner:
             scales=(scale,),
             zero_points=(zero,),
             axis=None,
-            method=method,
+            method=threshold.method,
             bounds=(threshold.low, threshold.high),
             clipped_share=threshold.clipped_share,
             expected_mse=threshold.expected_mse,
@@ -193,11 +265,38 @@ class Planner:
         if found is not None and found.element != 1:
             return "not a float32 tensor"
         values = self.graph.weights.read(tensor)
+        if values.size == 0:
+            return "holds no values"
         if values.size == 1:
             return "a single number"
         if not np.isfinite(values).all() or _holds_sentinels(values):
             return "holds values that mean masked, not magnitudes"
         return weight_quantizer(values, weight_levels(bits), bits, axis, method)
+
+
+def _method_notes(layers: Iterable[LayerPlan]) -> list[str]:
+    """Where another threshold method was used than the one chosen."""
+    pairs = {
+        (layer.choice.saturation, entry.quantizer.method, entry.quantizer.bits)
+        for layer in layers
+        for entry in layer.activations
+    }
+    return [
+        f"{asked} needs more bins than levels: {used} is used for {bits}-bit layers"
+        for asked, used, bits in sorted(pairs)
+        if asked != used
+    ]
+
+
+def _fusion_notes(layers: Iterable[LayerPlan]) -> list[str]:
+    """Rules for layers that another rule, or the default, decides about."""
+    by_name = {layer.name: layer for layer in layers}
+    notes = []
+    for layer in by_name.values():
+        host = by_name.get(layer.fused_with or "")
+        if host is not None and layer.why.startswith("rule ") and layer.choice != host.choice:
+            notes.append(f"{layer.why} has no effect on {layer.name}: computed with {host.name}")
+    return notes
 
 
 def _holds_sentinels(values: np.ndarray[Any, Any]) -> bool:

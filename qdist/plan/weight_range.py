@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,18 +23,17 @@ def weight_quantizer(
     ``method``: ``max`` takes the largest |w|; ``mse`` the fraction of it (0.4 .. 1 in 25 steps)
     with the least squared error, a channel at a time.
     """
-    rows = _rows(weight, axis)
-    bounds = np.empty(rows.shape[0], np.float64)
+    n_channels = 1 if axis is None else weight.shape[axis]
+    bounds = np.empty(n_channels, np.float64)
     clipped = 0
     error = 0.0
-    for start, block in _blocks(rows):
-        values = block.astype(np.float32, copy=False)
-        top = np.abs(values).max(axis=1, initial=0.0).astype(np.float64)
-        stop = start + block.shape[0]
-        best = top if method == "max" else _least_error(values, top, levels)
-        bounds[start:stop] = best
-        clipped += int((np.abs(values) > best[:, None].astype(np.float32)).sum())
-        error += float(_squared_error(values, best, levels).sum())
+    for start, block in _blocks(weight, axis):
+        top = _largest(block)
+        best = top if method == "max" else _least_error(block, top, levels)
+        bounds[start : start + best.size] = best
+        for values in _pieces(block):
+            clipped += int((np.abs(values) > best[:, None].astype(np.float32)).sum())
+        error += float(_squared_error(block, best, levels).sum())
     scales = np.where(bounds > 0, bounds / levels.high, 1.0)
     widest = float(bounds.max(initial=0.0))
     return Quantizer(
@@ -45,42 +45,62 @@ def weight_quantizer(
         axis=axis,
         method=method,
         bounds=(-widest, widest),
-        clipped_share=clipped / max(1, rows.size),
-        expected_mse=error / max(1, rows.size),
+        clipped_share=clipped / max(1, weight.size),
+        expected_mse=error / max(1, weight.size),
     )
 
 
-def _rows(weight: NDArray[Any], axis: int | None) -> NDArray[Any]:
-    """``[channels, rest]``; a view wherever the layout allows."""
+def _blocks(weight: NDArray[Any], axis: int | None) -> Iterator[tuple[int, NDArray[Any]]]:
+    """Whole channels at a time as ``[channels, rest]``, each with the index of its first; a view
+    wherever the layout allows, and a small copy elsewhere."""
     if axis is None:
-        return weight.reshape(1, -1)
-    return np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
+        yield 0, weight.reshape(1, weight.size)
+        return
+    moved = np.moveaxis(weight, axis, 0)
+    n_channels = moved.shape[0]
+    n_rest = weight.size // max(1, n_channels)
+    step = max(1, _BLOCK_ELEMENTS // max(1, n_rest))
+    for i in range(0, n_channels, step):
+        part = moved[i : i + step]
+        yield i, part.reshape(part.shape[0], n_rest)
 
 
-def _blocks(rows: NDArray[Any]) -> list[tuple[int, NDArray[Any]]]:
-    """Whole channels at a time, so that temporary copies stay small."""
-    step = max(1, _BLOCK_ELEMENTS // max(1, rows.shape[1]))
-    return [(i, rows[i : i + step]) for i in range(0, rows.shape[0], step)]
+def _pieces(block: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
+    """The block's columns, so many at a time that temporary copies stay small."""
+    step = max(1, _BLOCK_ELEMENTS // block.shape[0])
+    for i in range(0, block.shape[1], step):
+        yield block[:, i : i + step].astype(np.float32, copy=False)
+
+
+def _largest(block: NDArray[Any]) -> NDArray[np.float64]:
+    """The largest magnitude of each row."""
+    top = np.zeros(block.shape[0], np.float64)
+    for values in _pieces(block):
+        top = np.maximum(top, np.abs(values).max(axis=1, initial=0.0))
+    return top
 
 
 def _squared_error(
-    values: NDArray[np.float32], bounds: NDArray[np.float64], levels: Levels
+    block: NDArray[Any], bounds: NDArray[np.float64], levels: Levels
 ) -> NDArray[np.float64]:
     """Summed squared error of each row."""
     # A float32 scale that underflows would divide 0 by 0; targets raise it likewise.
     least = np.finfo(np.float32).tiny
     scale = np.where(bounds > 0, np.maximum(bounds / levels.high, least), 1.0)
     scale = scale.astype(np.float32)[:, None]
-    q = np.clip(np.rint(values / scale), levels.low, levels.high) * scale
-    return np.asarray(np.square(values - q).sum(axis=1, dtype=np.float64))
+    total = np.zeros(block.shape[0], np.float64)
+    for values in _pieces(block):
+        q = np.clip(np.rint(values / scale), levels.low, levels.high) * scale
+        total += np.square(values - q).sum(axis=1, dtype=np.float64)
+    return total
 
 
 def _least_error(
-    values: NDArray[np.float32], top: NDArray[np.float64], levels: Levels
+    block: NDArray[Any], top: NDArray[np.float64], levels: Levels
 ) -> NDArray[np.float64]:
-    best, least = top, _squared_error(values, top, levels)
+    best, least = top, _squared_error(block, top, levels)
     for fraction in _FRACTIONS[1:]:
-        error = _squared_error(values, top * fraction, levels)
+        error = _squared_error(block, top * fraction, levels)
         better = error < least
         best = np.where(better, top * fraction, best)
         least = np.where(better, error, least)

@@ -12,7 +12,8 @@ Layout (schema 1)::
     head.json                     name of the last finished merge
 
 Every write goes to a folder of its own, so that a committed record is never written again, and
-only what nobody can want is deleted: a damaged record, and one that came second. Every chunk carries a CRC-32C, and every record a SHA-256 in its receipt.
+only what nobody can want is deleted: a damaged record, and one that came second. Every chunk
+carries a CRC-32C, and every record a SHA-256 in its receipt.
 """
 
 from __future__ import annotations
@@ -250,13 +251,14 @@ class ZarrStore:
         try:
             told = _attributes(self._store, f"receipts/{shard_id}")
             receipt = ShardReceipt.from_json(told["receipt"])
-            return (
-                replace(receipt, kept_in=str(told["record"]))
-                if receipt.shard_id == shard_id
-                else None
-            )
+            kept_in = str(told["record"])
         except _UNREADABLE:
             return None
+        # The folder may be deleted one day, so nothing but a write of this very shard will do.
+        parent, _, write = kept_in.rpartition("/")
+        if receipt.shard_id != shard_id or parent != f"records/{shard_id}" or not write.isalnum():
+            return None
+        return replace(receipt, kept_in=kept_in)
 
     def _kept_in(self, shard_id: str) -> str:
         """The folder of the shard's record as of now; empty where there is no sound receipt."""

@@ -15,17 +15,26 @@ from numpy.typing import NDArray
 from qdist.stats.histogram import Density
 from qdist.threshold.clip import Levels
 
+BINS = 2048
+"""Linear bins of |x|, unless told otherwise."""
+
+
+def n_halves(levels: Levels) -> int:
+    """Levels that the |x| share: those of one sign."""
+    return levels.high if levels.symmetric else (levels.n_steps + 1) // 2
+
 
 def entropy(
-    density: Density, levels: Levels, *, bins: int = 2048, stride: int = 8
+    density: Density, levels: Levels, *, bins: int = BINS, stride: int = 8
 ) -> tuple[float, float]:
     """The symmetric bound on |x| of least divergence, cut to the range that was seen.
 
-    ``bins``: linear bins over 0..max|x|. ``stride``: bins between candidates.
+    ``bins``: linear bins over 0..max|x|. ``stride``: bins between candidates. With no more bins
+    than levels there is nothing to squeeze, and the whole range is kept.
     """
     low, high = min(density.minimum, 0.0), max(density.maximum, 0.0)
     top = max(-low, high)
-    n_levels = levels.high if levels.symmetric else (levels.n_steps + 1) // 2
+    n_levels = n_halves(levels)
     if density.is_empty or top == 0.0 or n_levels >= bins:
         return low, high
     counts = linear_bins(density.magnitudes(), bins, top)

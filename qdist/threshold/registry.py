@@ -9,7 +9,7 @@ from typing import Any
 from qdist.errors import ConfigError, PlanError
 from qdist.stats.histogram import Density
 from qdist.threshold.clip import Levels, Threshold
-from qdist.threshold.entropy import entropy
+from qdist.threshold.entropy import BINS, entropy, n_halves
 from qdist.threshold.error import expected_mse
 from qdist.threshold.maximum import maximum
 from qdist.threshold.mse import mse
@@ -79,9 +79,14 @@ def find_threshold(
     method: str,
     parameters: Mapping[str, Any] | None = None,
 ) -> Threshold:
-    """The range that ``method`` chooses for a tensor. Raises QD501, QD502, QD104."""
+    """The range that ``method`` chooses for a tensor, under the name of the method really used:
+    ``kl`` is ``max`` where it has no more bins than levels. Raises QD501, QD502, QD104.
+    """
     check_method(method, parameters)
-    low, high = METHODS[method](density, levels, **(parameters or {}))
+    given = dict(parameters or {})
+    if method == "kl" and n_halves(levels) >= given.get("bins", BINS):
+        method, given = "max", {}
+    low, high = METHODS[method](density, levels, **given)
     low, high = min(low, 0.0), max(high, 0.0)
     return Threshold(
         low=low,

@@ -171,7 +171,7 @@ def test_a_folder_of_groups_named_by_the_environment_is_used(
     printed = OmegaConf.create(succeed("calibrate", "calibration=tiny", "--cfg", "job"))
     assert printed.calibration == {
         "micro_batch": 1,
-        "shard_samples": 16,
+        "shard_samples": None,
         "taps": "all",
         "on_nan": "error",
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -112,9 +113,28 @@ def test_a_worker_that_is_killed_in_the_middle_changes_no_bit(
     assert "goes to another worker" in said
     assert f"pid {killed[0]}" in said
     assert states[-1].done == states[-1].total == 160
+    assert [state.n_merged for state in states if state.n_records == 80] == [*range(1, 81)]
     assert min(state.n_workers for state in states[2:]) == 1
     pids = {receipt.made_by["pid"] for receipt in store.receipts()}
     assert killed[0] in pids, "what the dead worker had finished still counts"
+
+
+def test_a_damaged_record_is_measured_again_in_the_same_run(
+    expected: tuple[str, str], cluster: RaySession, tmp_path: Path
+) -> None:
+    job = job_of()
+    calibrate_here(job, SOURCE, store_of(tmp_path / "s", job))
+    shutil.rmtree(tmp_path / "s/merged")
+    damaged = sorted((tmp_path / "s/records").iterdir())[3]
+    for path in damaged.glob("*/count/c/*"):
+        path.write_bytes(b"x")
+    states: list[CalibrationProgress] = []
+    merged = run(tmp_path / "s", 1, job, states.append)
+    assert (merged.record.digest, plan_digest(job, merged)) == expected
+    assert [state.message for state in states if "again" in state.message] == [
+        "16 samples to measure again: their records are damaged or gone"
+    ]
+    assert (states[-1].done, states[-1].resumed, states[-1].n_merged) == (160, 144, 10)
 
 
 # --- the driver as a process --------------------------------------------------------------
@@ -242,7 +262,7 @@ def test_ctrl_c_ends_everything_and_keeps_what_is_done(driver: Driver, tmp_path:
     assert driver.process.wait(30) == 130
     driver.wait_until_alone()
     text = driver.output.read_text()
-    assert "stopped; the same command goes on from here" in text
+    assert "stopped; what was measured is kept" in text
     assert "Traceback" not in text
     n_done = len(finished(tmp_path))
     assert 5 <= n_done < 80

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from onnx import TensorProto, helper
 
 from qdist.data.arrays import ArraySource
 from qdist.data.preprocess import Preprocess
+from qdist.data.source import Feeds
 from qdist.demo import demo_file
 from qdist.emit.qdq import emit_qdq
 from qdist.errors import DataError, EvaluationError, ModelError
@@ -23,6 +26,7 @@ from qdist.evaluate.builtin import (
     float_outputs,
 )
 from qdist.evaluate.metrics import SQNR_CEILING_DB
+from qdist.evaluate.reference import append_outputs, read_outputs
 from qdist.evaluate.report import EvalReport
 from qdist.evaluate.scorer import Scorer
 from qdist.model.freeze import freeze
@@ -167,8 +171,10 @@ def test_runner_tells_names_types_and_shapes(tmp_path: Path) -> None:
         ("half", "float16", (2,)),
     ]
     assert runner.output_names == ["y", "z"]
-    with pytest.raises(ModelError, match="QD205"):
+    with pytest.raises(ModelError, match="QD205") as caught:
         runner.run({"ids": integers([[0, 1, 9]])})
+    for setting in ("calibration.micro_batch", "evaluation.batch", "compare.batch"):
+        assert setting in caught.value.mend
 
 
 def test_runs_are_consecutive_samples_of_one_shape(tmp_path: Path) -> None:
@@ -269,18 +275,157 @@ def test_labels_are_stacked_and_those_of_other_shapes_refused(tmp_path: Path) ->
     assert len(list(batches(uneven, runner.inputs, 1))) == 2
 
 
+@dataclass(frozen=True, kw_only=True)
+class CountedSamples(HeldSamples):
+    """Notes the key of every sample that is loaded."""
+
+    loaded: list[str] = field(default_factory=list)
+
+    def load(self, key: str) -> Feeds:
+        self.loaded.append(key)
+        return super().load(key)
+
+
+def scorer_of(float_model: Path, source: Any, scratch: Path, metric: str = "top1") -> Scorer:
+    return Scorer(
+        evaluation=DatasetEvaluation(source=source, metric=metric),
+        float_model=float_model,
+        scratch=scratch,
+        execution=EXECUTION,
+    )
+
+
 def test_scorer_runs_the_float_model_once(tmp_path: Path, quantized: Path) -> None:
     float_model = tmp_path / "float.onnx"
     float_model.write_bytes(CNN.read_bytes())
-    scorer = Scorer(
-        evaluation=DatasetEvaluation(source=digits(), metric="top1"),
-        float_model=float_model,
-        scratch=tmp_path,
-        execution=EXECUTION,
+    with scorer_of(float_model, digits(), tmp_path / "scratch") as scorer:
+        first = scorer.score(quantized)
+        float_model.unlink()
+        second = scorer.score(quantized)
+        assert first.metrics == second.metrics
+        assert scorer.score(CNN).metrics["sqnr_db"] == SQNR_CEILING_DB
+        assert scorer.source() == digits()
+
+
+def test_float_model_is_scored_in_the_pass_that_keeps_its_outputs(
+    tmp_path: Path, quantized: Path
+) -> None:
+    some = digits(limit=40)
+    keys = some.keys()
+    samples = [some.load(key) for key in keys]
+    labels = [integers(i % 10) for i in range(40)]
+    source = CountedSamples(samples=samples, labels=labels)
+    evaluation = DatasetEvaluation(source=source, metric="top1")
+    runner = Runner(CNN, EXECUTION)
+    expected = [
+        evaluate_on(runner_of, evaluation, list(float_outputs(runner, evaluation))).metrics
+        for runner_of in (runner, Runner(quantized, EXECUTION))
+    ]
+    source.loaded.clear()
+    with scorer_of(CNN, source, tmp_path) as scorer:
+        assert scorer.score(CNN).metrics == expected[0]
+        assert scorer.score(quantized).metrics == expected[1]
+        assert len(source.loaded) == 2 * 40
+        # As in another process, that is told only where the outputs are.
+        other = replace(scorer, reference=scorer.reference, _folder=None)
+        assert other.score(quantized).metrics == expected[1]
+        assert len(source.loaded) == 3 * 40
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_does_not_grow_with_the_samples(tmp_path: Path) -> None:
+    proto = model(
+        [helper.make_node("MatMul", ["x", "w"], ["y"], "layer")],
+        [value("x", ["n", 8])],
+        [value("y", ["n", 4096])],
+        {"w": normal(8, 4096)},
     )
-    first = scorer.score(quantized)
-    float_model.unlink()
-    second = scorer.score(quantized)
-    assert first.metrics == second.metrics
-    assert scorer.score(CNN).metrics["sqnr_db"] == SQNR_CEILING_DB
-    assert scorer.source() == digits()
+    path = saved(proto, tmp_path / "wide.onnx")
+    n = 512
+    tracemalloc.start()
+    with scorer_of(path, samples_of("x", 8, n=n), tmp_path, "sqnr_db") as scorer:
+        scorer.score(path)
+        scorer.score(path)
+        kept = scorer.reference
+        assert kept is not None
+        assert kept.stat().st_size > 4096 * 4 * n
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4096 * 4 * n * 0.75
+
+
+def test_outputs_come_back_from_disk_as_they_were(tmp_path: Path) -> None:
+    runs: list[list[Array]] = [
+        [normal(3, 2), np.zeros((0, 4), np.float16), integers([1, 2])],
+        [np.asarray(0.5, np.float32), normal(2, 3).T, np.array([["a", "b"]], object)],
+        [],
+    ]
+    path = tmp_path / "outputs.npy"
+    with path.open("wb") as file:
+        for outputs in runs:
+            append_outputs(file, outputs)
+    found = list(read_outputs(path))
+    assert [len(outputs) for outputs in found] == [3, 3, 0]
+    assert found[1][2].shape == (1, 2)
+    pairs = [*zip(runs[0], found[0], strict=True), *zip(runs[1][:2], found[1][:2], strict=True)]
+    for expected, array in pairs:
+        assert array.dtype == expected.dtype
+        np.testing.assert_array_equal(array, expected)
+
+
+def test_samples_that_come_after_the_float_model_ran_are_an_error(tmp_path: Path) -> None:
+    samples = list(samples_of("x", 3, 2, n=2).samples)
+    with scorer_of(matmul(tmp_path, 2), HeldSamples(samples=samples), tmp_path, "mse") as scorer:
+        scorer.score(scorer.float_model)
+        samples.extend(samples_of("x", 3, 2, n=2).samples)
+        with pytest.raises(DataError, match="QD306"):
+            scorer.score(scorer.float_model)
+
+
+def test_metrics_beside_the_score_that_do_not_fit_are_left_out(tmp_path: Path) -> None:
+    """As for a recurrent model, whose states are [1, b, n]: they have no leading sample axis."""
+    proto = model(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["logits"], "layer"),
+            helper.make_node("Unsqueeze", ["logits", "axis"], ["state"], "state"),
+        ],
+        [value("x", ["n", 3])],
+        [value("logits", ["n", 4]), value("state", [1, "n", 4])],
+        {"w": normal(3, 4), "axis": integers([0])},
+    )
+    path = saved(proto, tmp_path / "model.onnx")
+    source = HeldSamples(samples=samples_of("x", 3, n=6).samples, labels=[integers(1)] * 6)
+    with scorer_of(path, source, tmp_path) as scorer:
+        for report in (scorer.score(path), scorer.score(path)):
+            assert list(report.metrics) == ["top1"]
+            assert report.n_samples == 6
+            lines = report.log.splitlines()
+            assert [line.split()[0] for line in lines] == list(BESIDE)
+            assert "QD704" in report.log
+    with (
+        scorer_of(path, source, tmp_path, "sqnr_db") as scorer,
+        pytest.raises(EvaluationError, match="QD704"),
+    ):
+        scorer.score(path)
+
+
+def test_inputs_of_unknown_rank_take_stacked_samples(tmp_path: Path) -> None:
+    proto = model(
+        [helper.make_node("Relu", ["x"], ["y"], "layer")], [value("x", None)], [value("y", None)]
+    )
+    runner = Runner(saved(proto, tmp_path / "model.onnx"), EXECUTION)
+    assert shapes_run(runner, samples_of("x", 3, 2, n=5), 4) == [(4, 3, 2), (1, 3, 2)]
+
+
+def test_every_row_runs_once_where_samples_with_and_without_a_batch_axis_meet(
+    tmp_path: Path,
+) -> None:
+    runner = Runner(matmul(tmp_path, "b"), EXECUTION)
+    shapes = [(3, 2), (1, 3, 2), (1, 3, 2), (3, 2), (3, 2), (2, 3, 2), (3, 2)]
+    samples = [{"x": normal(*shape, seed=i)} for i, shape in enumerate(shapes)]
+    found = list(batches(HeldSamples(samples=samples), runner.inputs, 4))
+    assert [key for batch in found for key in batch.keys] == [f"{i:04d}" for i in range(7)]
+    np.testing.assert_array_equal(
+        np.concatenate([batch.feeds["x"] for batch in found]),
+        np.concatenate([sample["x"].reshape(-1, 3, 2) for sample in samples]),
+    )

@@ -32,6 +32,19 @@ def test_stackable_means_without_batch_axis() -> None:
         check_sample("k", {"ids": np.arange(5), "sr": np.array(1)}, [IDS, RATE])
 
 
+def test_an_input_of_unknown_rank_takes_any_shape_and_follows_the_others() -> None:
+    free = InputSpec(name="free", dtype="float32", shape=None)
+    for shape in ((), (3,), (1, 2, 3, 4)):
+        array = np.zeros(shape, np.float32)
+        check_sample("k", {"free": array}, [free])
+        assert stackable({"free": array}, [free])
+        assert stackable({"free": array, "input": _image()}, [free, IMAGE])
+        assert not stackable({"free": array, "input": _image(1, 3, 8, 8)}, [free, IMAGE])
+    assert fixed_batch([free]) is None
+    with pytest.raises(DataError, match="QD304"):
+        check_sample("k", {"free": np.zeros(3)}, [free])
+
+
 def test_missing_and_unknown_inputs_are_listed() -> None:
     with pytest.raises(DataError, match=r"QD307.*k7.*missing ids; .*model: images") as caught:
         check_sample("k7", {"images": _image(), "input": _image()}, [IMAGE, IDS])

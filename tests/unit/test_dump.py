@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from qdist.emit.qdq import Artifact, emit_qdq
 from qdist.errors import ConfigError, DataError
 from qdist.evaluate.blob import as_nchw, file_names, read_blob, sample_names, write_blob
+from qdist.evaluate.builtin import Runner, batches
 from qdist.evaluate.compare import compare_layers
 from qdist.evaluate.dump import dump_comparison, profile_text
 from qdist.model.freeze import FrozenModel
-from qdist.model.session import run, scoring_session
 from qdist.plan.target import ProjectedPlan
 from tests.onnx_models import (
     EXECUTION,
@@ -59,8 +59,9 @@ class Case:
         )
 
     def outputs(self, path: Path, key: int) -> list[NDArray[Any]]:
-        feeds = {name: array[None] for name, array in self.source.samples[key].items()}
-        return run(scoring_session(path, EXECUTION), None, feeds)
+        runner = Runner(path, EXECUTION)
+        (batch,) = batches(HeldSamples(samples=[self.source.samples[key]]), runner.inputs, 1)
+        return runner.run(batch.feeds)
 
 
 def case(tmp_path: Path, batch: int | str = "n", source: HeldSamples | None = None) -> Case:
@@ -77,6 +78,25 @@ def case(tmp_path: Path, batch: int | str = "n", source: HeldSamples | None = No
     proto = model(nodes, [value("x", [batch, 2, 5, 6])], outputs, constants)
     frozen = frozen_from(proto, tmp_path / "net.onnx")
     source = source or samples_of("x", 2, 5, 6, n=6)
+    plan = projected(planner_for(frozen, source, tmp_path / "store"))
+    artifact = emit_qdq(frozen, plan, tmp_path / "quantized.onnx")
+    return Case(frozen=frozen, plan=plan, artifact=artifact, source=source)
+
+
+def recurrent(tmp_path: Path) -> Case:
+    """An LSTM of which only the last state is used, and a matmul."""
+    nodes = [
+        onnx.helper.make_node("LSTM", ["x", "w", "r"], ["", "last"], "lstm", hidden_size=4),
+        onnx.helper.make_node("MatMul", ["last", "k"], ["y"], "head"),
+    ]
+    proto = model(
+        nodes,
+        [value("x", [5, 1, 3])],
+        [value("last", [1, 1, 4]), value("y", [1, 1, 2])],
+        {"w": normal(1, 16, 3, seed=3), "r": normal(1, 16, 4, seed=4), "k": normal(4, 2, seed=5)},
+    )
+    frozen = frozen_from(proto, tmp_path / "net.onnx")
+    source = HeldSamples(samples=[{"x": normal(5, 1, 3, seed=i)} for i in range(4)])
     plan = projected(planner_for(frozen, source, tmp_path / "store"))
     artifact = emit_qdq(frozen, plan, tmp_path / "quantized.onnx")
     return Case(frozen=frozen, plan=plan, artifact=artifact, source=source)
@@ -165,6 +185,13 @@ class TestLevels:
         image, _ = net.outputs(net.frozen.source, 0)
         _, found = read_blob(tmp_path / "out" / "net_ref" / "layers" / "0000_relu.blob")
         np.testing.assert_allclose(found, image, atol=1e-5)
+
+    def test_a_layer_whose_first_output_is_unused_has_its_next(self, tmp_path: Path) -> None:
+        net = recurrent(tmp_path)
+        net.dump(tmp_path / "out", 3, max_samples=1)
+        _, found = read_blob(tmp_path / "out" / "net_ref" / "layers" / "0000_lstm.blob")
+        last, _ = net.outputs(net.frozen.source, 0)
+        np.testing.assert_allclose(found.ravel(), last.ravel(), atol=1e-5)
 
     def test_a_fixed_batch_is_split_into_its_samples(self, tmp_path: Path) -> None:
         (tmp_path / "fixed").mkdir()

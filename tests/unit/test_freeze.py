@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from qdist.model.freeze import FrozenModel, _relative_l2, freeze, frozen_differe
 from qdist.model.loading import load_model
 from qdist.model.opset import raise_opset
 from qdist.model.session import measuring_session, run
-from qdist.model.weights import Weights
+from qdist.model.weights import Weights, external_range
 from qdist.simulate.assemble import raised
 from tests.onnx_models import EXECUTION, Array, floats, frozen_from, integers, model, normal, value
 
@@ -423,9 +424,104 @@ def test_large_external_weights_stay_where_they_are(
         monkeypatch.setattr(constants, "FOLD_TOTAL_BYTES", total)
         frozen = freeze(load_model(path))
         assert types(frozen).count("Transpose") == n_left
-        noted = [f"{n_left} constant operators on large external weights stay in the graph"]
+        noted = [f"{n_left} constant operators on large tensors stay in the graph"]
         assert list(frozen.notes) == (noted if n_left else [])
         assert frozen_difference(frozen, feeds, EXECUTION) <= 1e-6
+
+
+def from_shape(op_type: str) -> ModelProto:
+    """A small file of which ``op_type`` makes 100 x 100 numbers, and one more of them sums."""
+    makers = {
+        "ConstantOfShape": [
+            node("Mul", ["shape", "one"], ["scaled"]),
+            node("ConstantOfShape", ["scaled"], ["large"], "large"),
+        ],
+        "Expand": [node("Expand", ["dot", "shape"], ["large"], "large")],
+        "Tile": [node("Tile", ["dot", "shape"], ["large"], "large")],
+        "Range": [
+            node("ReduceProd", ["shape"], ["end"], keepdims=0),
+            node("Range", ["zero", "end", "step"], ["whole"], "large"),
+            node("Cast", ["whole"], ["large"], "cast", to=TensorProto.FLOAT),
+        ],
+    }
+    return model(
+        [
+            *makers[op_type],
+            node("ReduceSum", ["large"], ["sum"], "sum", keepdims=0),
+            node("Add", ["x", "sum"], ["y"], "add"),
+        ],
+        [value("x", [1])],
+        [value("y", [1])],
+        {
+            "shape": integers([100, 100]),
+            "one": integers([1]),
+            "dot": floats([[1]]),
+            "zero": integers(0),
+            "step": integers(1),
+        },
+    )
+
+
+@pytest.mark.parametrize("op_type", ["ConstantOfShape", "Expand", "Tile", "Range"])
+def test_constants_made_large_by_a_small_shape_are_not_folded(
+    op_type: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    proto = from_shape(op_type)
+    frozen = check_equal(proto, tmp_path, {"x": normal(1)})
+    assert types(frozen) == ["Add"]
+    monkeypatch.setattr(constants, "FOLD_LIMIT_BYTES", 30_000)
+    frozen = check_equal(proto, tmp_path, {"x": normal(1)})
+    assert types(frozen)[0] == op_type
+    assert types(frozen)[-2:] == ["ReduceSum", "Add"]
+    assert len(frozen.graph_bytes) < 2000
+    assert frozen.notes == ("1 constant operators on large tensors stay in the graph",)
+
+
+def test_large_constants_are_not_even_computed(tmp_path: Path) -> None:
+    proto = from_shape("ConstantOfShape")
+    for tensor in proto.graph.initializer:
+        if tensor.name == "shape":
+            tensor.CopyFrom(numpy_helper.from_array(integers([1 << 20, 1 << 20]), "shape"))
+    frozen = frozen_from(proto, tmp_path / "model.onnx")
+    assert types(frozen) == ["ConstantOfShape", "ReduceSum", "Add"]
+
+
+def test_constants_of_unknown_size_are_bounded_by_their_values(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    proto = model(
+        [
+            node("NonZero", ["w"], ["places"], "places"),
+            node("ReduceSum", ["places"], ["sum"], keepdims=0),
+            node("Add", ["x", "sum"], ["y"], "add"),
+        ],
+        [value("x", [1], TensorProto.INT64)],
+        [value("y", [1], TensorProto.INT64)],
+        {"w": normal(10, 10)},
+    )
+    feeds = {"x": integers([3])}
+    assert types(check_equal(proto, tmp_path, feeds)) == ["Add"]
+    monkeypatch.setattr(constants, "FOLD_LIMIT_BYTES", 1000)
+    assert types(check_equal(proto, tmp_path, feeds)) == ["NonZero", "ReduceSum", "Add"]
+
+
+def test_results_in_place_of_large_weights_in_the_graph_are_folded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(constants, "FOLD_LIMIT_BYTES", 100)
+    proto = model(
+        [
+            node("Transpose", ["w"], ["t"], "once"),
+            node("Transpose", ["w"], ["u"], "twice"),
+            node("MatMul", ["x", "t"], ["h"]),
+            node("MatMul", ["h", "u"], ["y"]),
+        ],
+        [value("x", [1, 8])],
+        [value("y", [1, 8])],
+        {"w": normal(8, 8)},
+    )
+    frozen = check_equal(proto, tmp_path, {"x": normal(1, 8)})
+    assert [n.name for n in frozen.proto().graph.node if n.op_type == "Transpose"] == ["twice"]
 
 
 def test_names_are_unique_stable_and_kept_where_there_are_any(tmp_path: Path) -> None:
@@ -586,6 +682,51 @@ def test_one_weight_more_or_less_is_another_digest(tmp_path: Path) -> None:
         )
         digests.add(frozen_from(proto, tmp_path / "model.onnx").digest)
     assert len(digests) == 2
+
+
+def test_remarks_and_unused_bytes_are_no_part_of_the_digest(tmp_path: Path) -> None:
+    proto = model(
+        [node("MatMul", ["x", "w"], ["y"]), node("MatMul", ["x", "v"], ["unread"])],
+        [value("x", ["b", 4])],
+        [value("y", ["b", 4])],
+        {"w": normal(4, 4), "v": normal(4, 4, seed=1)},
+    )
+    path = tmp_path / "model.onnx"
+    onnx.save(proto, path, save_as_external_data=True, location="data", size_threshold=0)
+    file, before = load_model(path), freeze(load_model(path))
+    given = onnx.load(path, load_external_data=False)
+    given.doc_string, given.producer_version = "exported at 10:31", "2"
+    given.graph.input[0].doc_string = "pixels"
+    given.graph.initializer[0].doc_string = "a weight"
+    onnx.save(given, path)
+    assert load_model(path).digest != file.digest
+    assert freeze(load_model(path)) == replace(
+        before, source_digest=load_model(path).digest, n_source_bytes=load_model(path).n_bytes
+    )
+    data = bytearray((tmp_path / "data").read_bytes())
+    for name, is_another in (("w", True), ("v", False)):
+        (tensor,) = (t for t in given.graph.initializer if t.name == name)
+        place = external_range(tensor, tmp_path)
+        assert place is not None
+        changed = bytearray(data)
+        changed[place.offset + place.n_bytes - 1] ^= 1
+        (tmp_path / "data").write_bytes(changed)
+        assert (freeze(load_model(path)).digest != before.digest) == is_another
+
+
+def test_recursive_local_functions_are_refused(tmp_path: Path) -> None:
+    proto = model(
+        [node("F", ["x"], ["y"], domain="my")],
+        [value("x", [4])],
+        [value("y", [4])],
+        domains={"my": 1},
+    )
+    imports = [helper.make_opsetid("", 13), helper.make_opsetid("my", 1)]
+    body = [node("F", ["a"], ["c"], domain="my")]
+    proto.functions.append(helper.make_function("my", "F", ["a"], ["c"], body, imports))
+    with pytest.raises(ModelError, match="recursive") as caught:
+        frozen_from(proto, tmp_path / "model.onnx")
+    assert caught.value.code == "QD202"
 
 
 def test_frozen_model_is_picklable_and_its_graphs_are_copies() -> None:

@@ -9,15 +9,28 @@ import numpy as np
 import pytest
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
+from qdist.calibration import CalibrationSettings, calibrate_here, prepare
 from qdist.demo import demo_file
 from qdist.errors import ModelError
+from qdist.model import constants
 from qdist.model.freeze import FrozenModel, freeze
 from qdist.model.graph import Graph
 from qdist.model.layers import Layer, find_layers, view_source
 from qdist.model.loading import load_model
 from qdist.model.session import measuring_session, run
 from qdist.model.taps import TapTable, find_taps, tapped_graph
-from tests.onnx_models import EXECUTION, Array, floats, frozen_from, integers, model, normal, value
+from qdist.store.zarr_store import ZarrStore
+from tests.onnx_models import (
+    EXECUTION,
+    Array,
+    floats,
+    frozen_from,
+    integers,
+    model,
+    normal,
+    samples_of,
+    value,
+)
 
 
 def node(op_type: str, inputs: list[str], outputs: list[str], name: str = "", **kw: Any) -> Any:
@@ -397,3 +410,61 @@ def test_taps_of_the_frozen_model_are_the_tensors_that_the_model_outputs(vit: Fr
     floats_of = {name for name in graph.maker if graph.is_float(name)}
     assert floats_of <= {*taps.tensors, *taps.aliases}
     assert set(taps.aliases.values()) <= set(taps.tensors)
+
+
+# Constants that were too large to be folded.
+
+
+def test_what_is_made_of_constants_alone_is_no_activation(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(constants, "FOLD_LIMIT_BYTES", 0)
+    monkeypatch.setattr(constants, "FOLD_TOTAL_BYTES", 0)
+    proto = chain(
+        [
+            node("Expand", ["w", "shape"], ["large"], "expand"),
+            node("Transpose", ["large"], ["turned"], "turn", perm=[1, 0]),
+            node("Sqrt", ["turned"], ["root"], "root"),
+            node("MatMul", ["x", "turned"], ["h"], "first"),
+            node("MatMul", ["h", "root"], ["g"], "second"),
+            node("RandomNormalLike", ["w"], ["noise"], "noise"),
+            node("Add", ["g", "noise"], ["y"], "noisy"),
+        ],
+        {"w": np.abs(normal(1, 4)), "shape": integers([4, 4])},
+        [2, 4],
+    )
+    graph = graph_of(proto, tmp_path)
+    assert {"large", "turned", "root"} <= set(graph.maker)
+    assert not any(graph.is_activation(name) for name in ("w", "large", "turned", "root"))
+    layers = layers_of(graph)
+    assert set(layers) == {"first", "second", "noisy"}
+    for name, read, unfolded in (("first", "x", "turned"), ("second", "h", "root")):
+        (activation,) = layers[name].activations
+        assert (activation.index, activation.tensor) == (0, read)
+        assert [(e.index, e.tensor) for e in layers[name].unfolded] == [(1, unfolded)]
+    assert [e.tensor for e in layers["noisy"].activations] == ["g", "noise"]
+    taps = find_taps(graph)
+    assert set(taps.tensors) == {"x", "h", "g", "noise", "y"}
+    assert not taps.aliases
+
+
+def test_bfloat16_activations_are_tapped_as_float32(tmp_path: Path) -> None:
+    proto = chain(
+        [
+            node("Cast", ["x"], ["short"], "short", to=TensorProto.BFLOAT16),
+            node("Cast", ["short"], ["y"], "long", to=TensorProto.FLOAT),
+        ],
+        {},
+        ["n", 8],
+    )
+    frozen = frozen_from(proto, tmp_path / "model.onnx")
+    source = samples_of("x", 8)
+    job = prepare(frozen, source, CalibrationSettings(), EXECUTION)
+    store = ZarrStore.create(tmp_path / "store", job.identity, job.taps)
+    record = calibrate_here(job, source, store).record
+    assert set(record.tensors) == {"x", "short", "y"}
+    (short, y) = (record.histogram(name) for name in ("short", "y"))
+    assert (short.minimum, short.maximum) == (y.minimum, y.maximum)
+    assert short.minimum != record.histogram("x").minimum
+    assert np.array_equal(short.bins, y.bins)
+    assert np.array_equal(short.counts, y.counts)

@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from onnx import helper
 
 from qdist.calibration import CalibrationSettings, calibrate_here, prepare
-from qdist.errors import StoreError
+from qdist.cli import schema
+from qdist.cli.commands import steps
+from qdist.emit.qdq import emit_qdq
+from qdist.errors import ModelError, PlanError, StoreError
+from qdist.model import constants
+from qdist.model.freeze import freeze
 from qdist.model.graph import Graph
+from qdist.model.loading import load_model
+from qdist.model.session import run, scoring_session
+from qdist.plan import weight_range
 from qdist.plan.choice import LayerChoice
 from qdist.plan.plan import LayerPlan, QuantizationPlan
 from qdist.plan.planner import Planner, PlanSettings
 from qdist.plan.precision import activation_levels, weight_levels
+from qdist.plan.rules import Rule
 from qdist.plan.weight_range import weight_quantizer
 from qdist.store.zarr_store import ZarrStore
 from qdist.threshold.clip import scale_and_zero
 from qdist.threshold.registry import METHODS, find_threshold
 from tests.onnx_models import (
+    ANY_TARGET,
     EXECUTION,
+    Array,
     HeldSamples,
     frozen_from,
     model,
@@ -91,7 +105,11 @@ def test_an_activation_gets_the_threshold_of_its_histogram(
         threshold.clipped_share,
         threshold.expected_mse,
     )
-    assert (found.bits, found.axis, found.method) == (bits, None, method)
+    assert (found.bits, found.axis, found.method) == (bits, None, threshold.method)
+    fell_back = method == "kl" and bits == 16
+    assert threshold.method == ("max" if fell_back else method)
+    noted = ("kl needs more bins than levels: max is used for 16-bit layers",)
+    assert plan.notes == (noted if fell_back else ())
 
 
 @pytest.mark.parametrize(
@@ -189,6 +207,163 @@ def test_a_constant_zero_activation_gets_a_quantizer_that_keeps_it(tmp_path: Pat
     zeros = np.zeros(5, np.float32)
     assert found.scales == (1.0,)
     assert np.array_equal(found.dequantize(found.quantize(zeros)), zeros)
+
+
+def planner_of(proto: Any, samples: Any, folder: Path) -> Planner:
+    return planner_for(frozen_from(proto, folder / "model.onnx"), samples, folder / "store")
+
+
+def test_a_divisor_stays_float(tmp_path: Path) -> None:
+    proto = model(
+        [
+            helper.make_node("Abs", ["x"], ["a"], name="abs"),
+            helper.make_node("Div", ["x", "c"], ["b"], name="by constant"),
+            helper.make_node("Div", ["b", "a"], ["y"], name="by activation"),
+        ],
+        [value("x", ["n", 4])],
+        [value("y", ["n", 4])],
+        {"c": np.array([1e-3, 1, 1, 5], np.float32)},
+    )
+    source = HeldSamples(samples=[{"x": v} for v in np.abs(normal(8, 4)) + np.float32(1e-2)])
+    planner = planner_of(proto, source, tmp_path)
+    projected = ANY_TARGET.project(plan_with(planner))
+    for name, divisor in (("by constant", "c"), ("by activation", "a")):
+        found = layer(projected.plan, name)
+        assert found.left_float == {divisor: "a divisor"}
+        assert [entry.index for entry in (*found.activations, *found.weights)] == [0]
+    artifact = emit_qdq(planner.graph.model, projected, tmp_path / "int8.onnx")
+    feeds = {"x": np.stack([sample["x"] for sample in source.samples])}
+    (result,) = run(scoring_session(artifact.path, EXECUTION), None, feeds)
+    assert np.isfinite(result).all()
+
+
+def test_a_large_weight_that_was_not_folded_is_no_activation(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(constants, "FOLD_LIMIT_BYTES", 0)
+    proto = model(
+        [
+            helper.make_node("Transpose", ["w"], ["t"], name="turn", perm=[1, 0]),
+            helper.make_node("MatMul", ["x", "t"], ["y"], name="matmul"),
+        ],
+        [value("x", ["n", 4])],
+        [value("y", ["n", 6])],
+        {"w": WEIGHT},
+    )
+    path = tmp_path / "model.onnx"
+    onnx.save(proto, path, save_as_external_data=True, location="data", size_threshold=0)
+    planner = planner_for(freeze(load_model(path)), samples_of("x", 4), tmp_path / "store")
+    plan = plan_with(planner)
+    found = layer(plan, "matmul")
+    assert [entry.tensor for entry in found.activations] == ["x"]
+    assert found.left_float == {"t": "a large weight behind Transpose, not folded"}
+    assert (plan.coverage().n_compute, plan.coverage().n_quantized) == (1, 0)
+
+
+def test_a_weight_without_values_stays_float(tmp_path: Path) -> None:
+    proto = model(
+        [
+            helper.make_node("Concat", ["x", "none"], ["h"], name="concat", axis=1),
+            helper.make_node("MatMul", ["h", "narrow"], ["m"], name="narrow"),
+            helper.make_node("MatMul", ["m", "wide"], ["y"], name="wide"),
+        ],
+        [value("x", [4, 6])],
+        [value("y", [4, 3])],
+        {
+            "none": np.zeros((4, 0), np.float32),
+            "narrow": np.zeros((6, 0), np.float32),
+            "wide": np.zeros((0, 3), np.float32),
+        },
+    )
+    plan = plan_with(planner_of(proto, samples_of("x", 4, 6), tmp_path))
+    for name, tensor in (("concat", "none"), ("narrow", "narrow"), ("wide", "wide")):
+        assert layer(plan, name).left_float[tensor] == "holds no values"
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float64])
+def test_a_model_of_another_float_type_is_refused(kind: Any, tmp_path: Path) -> None:
+    element = helper.np_dtype_to_tensor_dtype(np.dtype(kind))
+    proto = model(
+        [helper.make_node("MatMul", ["x", "w"], ["y"], name="matmul")],
+        [value("x", ["n", 6], element)],
+        [value("y", ["n", 4], element)],
+        {"w": WEIGHT.astype(kind)},
+    )
+    source = HeldSamples(samples=[{"x": row.astype(kind)} for row in normal(4, 6)])
+    planner = planner_of(proto, source, tmp_path)
+    with pytest.raises(ModelError, match=f"a {np.dtype(kind).name} model") as caught:
+        plan_with(planner)
+    assert caught.value.code == "QD209"
+    assert caught.value.mend == "export the model in float32"
+    assert not plan_with(planner, precision="float32").coverage().n_quantized
+
+
+def rule(match: str, precision: str = "int16") -> Rule:
+    return Rule(match=match, settings={"precision": precision})
+
+
+@pytest.mark.parametrize(
+    ("match", "expected"),
+    [
+        ("relu", "relu is computed with first; write the rule for first"),
+        ("op:Relu", "relu is computed with first; write the rule for first"),
+        ("b*", "bias is computed with first; write the rule for first"),
+        ("root", "a layer that is quantized; root stays float: Sqrt has no integer form"),
+    ],
+)
+def test_a_rule_without_effect_is_refused(match: str, expected: str, tmp_path: Path) -> None:
+    proto = small_model()
+    proto.graph.node.append(helper.make_node("Sqrt", ["p"], ["root"], name="root"))
+    proto.graph.output.append(value("root", ["n", 4]))
+    planner = planner_of(proto, samples_of("x", 6), tmp_path)
+    with pytest.raises(PlanError) as caught:
+        planner.check_rules([rule("first"), rule(match)])
+    assert caught.value.code == "QD503"
+    assert caught.value.expected == expected
+    # What is float already may be asked to be.
+    planner.check_rules([rule("first"), rule("*"), rule("root", "float32"), rule("op:Add")])
+
+
+def test_the_command_line_refuses_a_rule_without_effect(planner: Planner) -> None:
+    rules = [{"match": "relu", "precision": "int16"}]
+    config = schema.QuantizationConfig.model_validate({"rules": rules})
+    with pytest.raises(PlanError, match="write the rule for first"):
+        steps.make_choices(planner, config)
+
+
+def test_a_rule_with_some_effect_is_noted_where_it_has_none(planner: Planner) -> None:
+    default, chosen = LayerChoice(), LayerChoice(precision="int16")
+    names = [entry.name for entry in planner.layers]
+    choices = {name: chosen if name in ("bias", "masking") else default for name in names}
+    why = dict.fromkeys(("bias", "masking"), "rule op:Add")
+    expected = ("rule op:Add has no effect on bias: computed with first",)
+    assert planner.plan(choices, why, ("before",)).notes == ("before", *expected)
+    # The rule decides about the layer itself, too.
+    everywhere = planner.plan(dict.fromkeys(names, chosen), dict.fromkeys(names, "rule *"))
+    assert everywhere.notes == ()
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1, 2])
+@pytest.mark.parametrize("method", ["max", "mse"])
+def test_weight_ranges_do_not_depend_on_the_pieces(
+    axis: int | None, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = normal(3, 7, 5, seed=8)
+    whole = weight_quantizer(weight, weight_levels(4), 4, axis, method)
+    monkeypatch.setattr(weight_range, "_BLOCK_ELEMENTS", 4)
+    sizes: list[int] = []
+    pieces = weight_range._pieces
+
+    def counted(block: Array) -> Iterator[Array]:
+        for piece in pieces(block):
+            sizes.append(piece.size)
+            yield piece
+
+    monkeypatch.setattr(weight_range, "_pieces", counted)
+    found = weight_quantizer(weight, weight_levels(4), 4, axis, method)
+    assert max(sizes) <= 4
+    assert found.expected_mse == pytest.approx(whole.expected_mse, rel=1e-5)
+    assert replace(found, expected_mse=None) == replace(whole, expected_mse=None)
 
 
 def test_weight_elements_are_counted(planner: Planner) -> None:

@@ -17,15 +17,28 @@ import numpy as np
 import pytest
 from onnx import helper
 
-from qdist.calibration import CalibrationJob, calibrate_here, finish, open_shards, prepare
+from qdist.calibration import (
+    CalibrationJob,
+    calibrate_here,
+    complete,
+    finish,
+    input_specs,
+    load_batch,
+    open_shards,
+    prepare,
+    run_shard,
+)
 from qdist.calibration import CalibrationSettings as Settings
+from qdist.data.shards import Shard
+from qdist.data.source import Feeds
 from qdist.digest import digest_json
-from qdist.errors import StoreError
+from qdist.errors import DataError, StoreError
 from qdist.model.graph import Graph
 from qdist.model.session import Execution
 from qdist.model.taps import TapPoint, TapTable
 from qdist.stats import grid
 from qdist.stats.kernels import count_bits
+from qdist.stats.observer import Observer
 from qdist.stats.record import CalibrationRecord
 from qdist.store.identity import Identity
 from qdist.store.protocol import CalibrationStore
@@ -164,7 +177,7 @@ class StoreContract(ABC):
         kept, dropped = receipt_of(one, BATCHES[0]), receipt_of(one, BATCHES[1])
         for receipt in (kept, dropped):
             store.commit(receipt, one)
-        store.discard(dropped.shard_id)
+        store.discard(dropped)
         assert store.receipts() == [kept]
         assert code_of(lambda: store.read(dropped)) == "QD403"
         again = receipt_of(other, BATCHES[1])
@@ -173,8 +186,24 @@ class StoreContract(ABC):
         assert_same(store.read(kept), one)
 
     def test_discarding_an_unknown_shard_does_nothing(self, store: CalibrationStore) -> None:
-        store.discard("f" * 64)
+        store.discard(receipt_of(record_of(1), BATCHES[0]))
         assert store.receipts() == []
+
+    def test_a_shard_that_was_redone_meanwhile_is_not_discarded(
+        self, store: CalibrationStore, tmp_path: Path
+    ) -> None:
+        one, other = record_of(1), record_of(2)
+        store.commit(receipt_of(one, BATCHES[0]), one)
+        (stale,) = store.receipts()
+        first = self.reopen(tmp_path / "store")
+        first.discard(first.receipts()[0])
+        again = receipt_of(other, BATCHES[0])
+        assert first.commit(again, other) is True
+        store.discard(stale)
+        store.discard(stale)
+        assert store.receipts() == [again]
+        assert_same(store.read(again), other)
+        assert code_of(lambda: store.read(stale)) == "QD403"
 
     def test_a_record_other_than_the_receipt_says_is_damaged(self, store: CalibrationStore) -> None:
         record = record_of(1)
@@ -202,6 +231,25 @@ class StoreContract(ABC):
             assert_same(record, other)
             assert about == {"n": 2}
         store.finish("a", one, {"n": 3})
+        assert_same(store.latest()[0], one)
+        assert store.latest()[1] == {"n": 3}
+
+    def test_finished_merges_are_found_by_name(
+        self, store: CalibrationStore, tmp_path: Path
+    ) -> None:
+        assert store.finished() == []
+        assert store.find("a") is None
+        one, other = record_of(1, 4), record_of(2, 8)
+        store.finish("b", one, {"n": 1})
+        store.finish("a", other, {"n": 2})
+        reader = self.reopen(tmp_path / "store")
+        assert reader.finished() == ["a", "b"]
+        found = reader.find("b")
+        assert found is not None
+        assert_same(found[0], one)
+        assert found[1] == {"n": 1}
+        assert_same(store.latest()[0], other)
+        reader.make_latest("b")
         assert_same(store.latest()[0], one)
 
     def test_a_store_of_another_identity_is_refused_and_says_what_differs(
@@ -465,6 +513,32 @@ def test_a_damaged_merge_is_found_and_written_anew(
         assert_same(store.latest()[0], sound)
 
 
+def test_finishing_again_leaves_what_others_may_be_reading(
+    filled: tuple[ZarrStore, list[ShardReceipt]],
+) -> None:
+    store, _ = filled
+    before = {path: path.read_bytes() for path in files_of(store.path / "merged")}
+    store.finish("all", record_of(8, 6), {"n": 2})
+    assert_same(store.latest()[0], record_of(8, 6))
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize("folder", ["", "records", "..", "records/SHARD/..", "receipts/SHARD/a"])
+def test_a_receipt_that_names_no_write_of_its_shard_deletes_nothing(
+    filled: tuple[ZarrStore, list[ShardReceipt]], folder: str
+) -> None:
+    store, receipts = filled
+    path = store.path / "receipts" / receipts[0].shard_id / "zarr.json"
+    document = json.loads(path.read_text())
+    document["attributes"]["record"] = folder.replace("SHARD", receipts[0].shard_id)
+    path.write_text(json.dumps(document))
+    before = files_of(store.path / "records")
+    assert code_of(lambda: store.read(receipts[0])) == "QD403"
+    store.discard(receipts[0])
+    assert files_of(store.path / "records") == before
+    assert {r.shard_id for r in store.receipts()} == {r.shard_id for r in receipts[1:]}
+
+
 # --- places -----------------------------------------------------------------------------------
 
 
@@ -550,44 +624,194 @@ def test_no_store_is_no_finished_calibration(tmp_path: Path) -> None:
 # --- a calibration on a store ----------------------------------------------------------------
 
 
-def small_job(tmp_path: Path) -> tuple[CalibrationJob, HeldSamples]:
+def small_job(
+    tmp_path: Path, shard_samples: int = 4, name: str = "model.onnx"
+) -> tuple[CalibrationJob, HeldSamples]:
     node = helper.make_node("Relu", ["x"], ["y"], name="relu")
     proto = onnx_models.model(
         [node], [onnx_models.value("x", ["n", 3])], [onnx_models.value("y", ["n", 3])]
     )
-    frozen = onnx_models.frozen_from(proto, tmp_path / "model.onnx")
+    frozen = onnx_models.frozen_from(proto, tmp_path / name)
     source = samples_of("x", 3, n=12)
-    settings = Settings(micro_batch=2, shard_samples=4)
+    settings = Settings(micro_batch=2, shard_samples=shard_samples)
     return prepare(frozen, source, settings, EXECUTION), source
 
 
 def test_only_the_damaged_shard_is_measured_anew(tmp_path: Path) -> None:
+    """Damaged before the merge, by a flipped bit in a stored chunk."""
     job, source = small_job(tmp_path)
+    sound = calibrate_here(job, source, ZarrStore.create(tmp_path / "s", job.identity, job.taps))
+    assert sound.n_shards == 3
     store = ZarrStore.create(tmp_path / "store", job.identity, job.taps)
-    merged = calibrate_here(job, source, store)
-    assert merged.n_shards == 3
+    observer = Observer(job.observer)
+    for shard in open_shards(job, store):
+        run_shard(shard, observer, source, job.inputs, store)
     assert open_shards(job, store) == ()
     damaged = store.receipts()[1]
     next(flips(chunks_of(store.path / "records" / damaged.shard_id)[0], 10_000))
     before = {p: p.stat().st_mtime_ns for p in files_of(store.path / "records")}
+    seen: list[tuple[int, int]] = []
+    assert code_of(lambda: finish(job, store, on_progress=lambda *at: seen.append(at))) == "QD403"
+    assert seen == [(1, 3), (2, 3), (3, 3)]
     (shard,) = open_shards(job, store)
     assert shard.id == damaged.shard_id
     assert len(store.receipts()) == 2
-    again = calibrate_here(job, source, store)
-    assert again.record.digest == merged.record.digest
-    assert_same(store.latest()[0], merged.record)
+    merged = calibrate_here(job, source, store)
+    assert merged.record.digest == sound.record.digest
+    assert_same(store.latest()[0], sound.record)
     kept = {p: t for p, t in before.items() if damaged.shard_id not in p.parts}
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
 
 
-def test_a_damaged_receipt_is_measured_anew(tmp_path: Path) -> None:
+def test_a_calibration_measures_again_what_it_finds_damaged(tmp_path: Path) -> None:
+    """All in one call: the merge is lost, and so is a record that its receipt vouches for."""
     job, source = small_job(tmp_path)
     store = ZarrStore.create(tmp_path / "store", job.identity, job.taps)
     merged = calibrate_here(job, source, store)
-    lost = store.receipts()[2].shard_id
-    (store.path / "receipts" / lost / "zarr.json").write_bytes(b"{")
-    assert [shard.id for shard in open_shards(job, store)] == [lost]
-    assert calibrate_here(job, source, store).record.digest == merged.record.digest
+    shutil.rmtree(store.path / "merged")
+    shutil.rmtree(store.path / "records" / store.receipts()[0].shard_id)
+    loaded: list[str] = []
+
+    class Watched(HeldSamples):
+        def load(self, key: str) -> Feeds:
+            loaded.append(key)
+            return HeldSamples.load(self, key)
+
+    again = calibrate_here(job, Watched(samples=source.samples), store)
+    assert again.record.digest == merged.record.digest
+    assert len(loaded) == 4
+
+
+def test_shards_of_another_driver_that_do_not_fit_are_passed_over(tmp_path: Path) -> None:
+    """While this one measures 0-1, 2-3 and 4-5, another commits 1-3, larger, and then dies."""
+    job, source = small_job(tmp_path)
+    store = ZarrStore.create(tmp_path / "store", job.identity, job.taps)
+    observer = Observer(job.observer)
+    rounds = []
+
+    def measure(shards: tuple[Shard, ...]) -> None:
+        rounds.append(len(shards))
+        other = Shard(index=0, batches=job.grid[1:4])
+        for shard in (*shards, other):
+            run_shard(shard, observer, source, job.inputs, store)
+
+    merged = complete(job, store, measure)
+    assert rounds == [3]
+    assert (merged.n_shards, merged.record.n_samples) == (3, 12)
+    assert len(open_shards(job, store)) == 1, "by size alone, it would not have been enough"
+
+
+def test_a_finished_calibration_is_recalled_without_its_shards(tmp_path: Path) -> None:
+    job, source = small_job(tmp_path)
+    store = ZarrStore.create(tmp_path / "store", job.identity, job.taps)
+    merged = calibrate_here(job, source, store)
+    _, about = store.latest()
+    assert about["n_samples"] == 12
+    assert about["manifest_digest"] == job.manifest.digest
+    store.finish("another", replace_samples(merged.record, 1), {})
+    shutil.rmtree(store.path / "records")
+    shutil.rmtree(store.path / "receipts")
+    again = calibrate_here(job, HeldSamples(samples=[]), store)
+    assert again.record.digest == merged.record.digest
+    assert (again.n_shards, again.notes) == (3, merged.notes)
+    assert_same(store.latest()[0], merged.record)
+
+
+def test_what_nothing_can_mend_ends(tmp_path: Path) -> None:
+    """A store that loses every record: measured a few times, then the damage is reported."""
+    job, source = small_job(tmp_path)
+
+    class Losing(ZarrStore):
+        def commit(self, receipt: ShardReceipt, record: CalibrationRecord) -> bool:
+            first = ZarrStore.commit(self, receipt, record)
+            shutil.rmtree(self.path / "records" / receipt.shard_id)
+            return first
+
+    ZarrStore.create(tmp_path / "store", job.identity, job.taps)
+    store = Losing(tmp_path / "store", job.identity, job.taps)
+    assert code_of(lambda: calibrate_here(job, source, store)) == "QD403"
+
+
+def test_two_drivers_on_damaged_stores_both_come_to_the_end(tmp_path: Path) -> None:
+    """They find it, discard it, measure with shards of two sizes, and merge, at the same time."""
+    job, source = small_job(tmp_path)
+    n_rounds = 4
+    for i in range(n_rounds):
+        store = ZarrStore.create(tmp_path / str(i), job.identity, job.taps)
+        expected = calibrate_here(job, source, store).record.digest
+        for folder in ("records", "merged"):
+            for path in files_of(store.path / folder):
+                if path.name != "zarr.json":
+                    path.write_bytes(b"x")
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(2), context.SimpleQueue()
+    drivers = [
+        context.Process(target=_drive, args=(tmp_path, n_rounds, n_samples, barrier, results))
+        for n_samples in (4, 6)
+    ]
+    for driver in drivers:
+        driver.start()
+    for driver in drivers:
+        driver.join(timeout=60)
+        assert driver.exitcode == 0
+    assert [results.get() for _ in drivers] == [[expected] * n_rounds] * 2
+
+
+def _drive(folder: Path, n_rounds: int, n_samples: int, barrier: Barrier, results: Any) -> None:
+    job, source = small_job(folder, n_samples, name=f"{n_samples}.onnx")
+    digests = []
+    for i in range(n_rounds):
+        store = ZarrStore.open(folder / str(i))
+        barrier.wait(timeout=60)
+        digests.append(calibrate_here(job, source, store).record.digest)
+    results.put(digests)
+
+
+# --- samples and shards ----------------------------------------------------------------------
+
+
+def test_samples_that_differ_in_the_batch_axis_are_not_dropped(tmp_path: Path) -> None:
+    """Of several that carry it, in one micro-batch, only the first used to be measured."""
+    proto = onnx_models.model(
+        [helper.make_node("Relu", ["x"], ["y"], name="relu")],
+        [onnx_models.value("x", ["n", 3])],
+        [onnx_models.value("y", ["n", 3])],
+    )
+    frozen = onnx_models.frozen_from(proto, tmp_path / "model.onnx")
+    arrays = [feeds["x"] for feeds in samples_of("x", 3, n=4).samples]
+    mixed = HeldSamples(samples=[{"x": a if i < 2 else a[None]} for i, a in enumerate(arrays)])
+    job = prepare(frozen, mixed, Settings(micro_batch=2), EXECUTION)
+    with pytest.raises(DataError, match=r"QD303.*batch axis of its own") as caught:
+        load_batch(job.grid[1], mixed, job.inputs)
+    assert job.grid[1].keys[0] in caught.value.where
+    assert "calibration.micro_batch=1" in caught.value.mend
+    alone = prepare(frozen, mixed, Settings(micro_batch=1), EXECUTION)
+    store = ZarrStore.create(tmp_path / "store", alone.identity, alone.taps)
+    assert calibrate_here(alone, mixed, store).record.histogram("x").n_values == 4 * 3
+
+
+def test_an_input_of_unknown_rank_takes_any_sample(tmp_path: Path) -> None:
+    proto = onnx_models.model(
+        [helper.make_node("Relu", ["x"], ["y"], name="relu")],
+        [onnx_models.value("x", None)],
+        [onnx_models.value("y", None)],
+    )
+    frozen = onnx_models.frozen_from(proto, tmp_path / "model.onnx")
+    (spec,) = input_specs(Graph(frozen, EXECUTION))
+    assert spec.shape is None
+    source = samples_of("x", 3, 5, n=6)
+    job = prepare(frozen, source, Settings(micro_batch=4), EXECUTION)
+    store = ZarrStore.create(tmp_path / "store", job.identity, job.taps)
+    assert calibrate_here(job, source, store).record.histogram("y").n_values == 6 * 15
+    assert load_batch(job.grid[0], source, job.inputs)["x"].shape == (4, 3, 5)
+
+
+def test_shards_are_sized_by_the_number_of_samples() -> None:
+    auto = Settings()
+    assert [auto.samples_per_shard(n) for n in (1, 8192, 8193, 100_000)] == [16, 16, 17, 196]
+    assert Settings(shard_samples=5).samples_per_shard(100_000) == 5
+    with pytest.raises(ValueError, match="at least 1"):
+        Settings(shard_samples=0)
 
 
 def test_finishing_early_says_how_much_is_missing(tmp_path: Path) -> None:

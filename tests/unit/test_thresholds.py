@@ -105,6 +105,10 @@ def test_kl_falls_back_to_the_whole_range_where_levels_outnumber_bins() -> None:
     values = normal()
     found = find_threshold(density_of(values), INT16, "kl", {"bins": 2048})
     assert (found.low, found.high) == (float(values.min()), float(values.max()))
+    assert found.method == "max"
+    assert found == find_threshold(density_of(values), INT16, "max")
+    assert find_threshold(density_of(values), INT16, "kl", {"bins": 40_000}).method == "kl"
+    assert find_threshold(density_of(values), INT8, "kl", {"bins": 100}).method == "max"
 
 
 def test_methods_clip_an_outlier_that_max_keeps() -> None:

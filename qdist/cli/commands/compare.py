@@ -29,7 +29,12 @@ def run(context: Context[CompareSettings]) -> None:
     ) as tracked:
         with context.working("comparing layers"):
             rows = compare_layers(
-                frozen, projected, source, context.execution, n_samples=settings.compare.samples
+                frozen,
+                projected,
+                source,
+                context.execution,
+                batch=settings.compare.batch,
+                n_samples=settings.compare.samples,
             )
         path = write_json(folder / "layers.json", [row.to_json() for row in rows])
         steps.save_config(context, context.config)

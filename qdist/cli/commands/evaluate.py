@@ -10,9 +10,11 @@ from qdist.cli import domain
 from qdist.cli.commands import steps
 from qdist.cli.context import Context
 from qdist.cli.schema import EvaluateSettings
-from qdist.errors import ArtifactError
+from qdist.errors import ArtifactError, DataError
+from qdist.evaluate.builtin import DatasetEvaluation
+from qdist.evaluate.overlap import overlap_text
 from qdist.evaluate.report import EvalReport
-from qdist.evaluate.scorer import Scorer
+from qdist.evaluate.scorer import Evaluation, Scorer
 from qdist.files import write_json
 from qdist.model.loading import load_model
 
@@ -39,11 +41,20 @@ def run(context: Context[EvaluateSettings]) -> None:
         execution=context.execution,
         **domain.scorer_options(settings.evaluation),  # type: ignore[arg-type]
     )
-    with context.tracked(params={"artifact": str(artifact)}, model_digest=model.digest) as tracked:
+    with (
+        context.tracked(params={"artifact": str(artifact)}, model_digest=model.digest) as tracked,
+        scorer,
+    ):
+        overlap = _overlap(settings, evaluation)
+        if overlap is not None:
+            context.notes([f"{overlap} evaluation samples are calibration samples"])
+            tracked.set_tags({"qdist.evaluation_overlap": overlap})
         with context.working("scoring the float model"):
             before = scorer.score(model.path)
         with context.working("scoring the quantized model"):
             after = scorer.score(artifact)
+        if isinstance(evaluation, DatasetEvaluation):
+            context.notes(after.log.splitlines())
         write_json(
             folder / "evaluation.json", {"float": before.to_json(), "quantized": after.to_json()}
         )
@@ -52,6 +63,16 @@ def run(context: Context[EvaluateSettings]) -> None:
         tracked.log_metrics({"score": after.score, "float_score": before.score, **after.metrics})
     context.console.print(_table(settings.model.name, before, after))
     context.say(f"artifact-exact, run as it is written: {artifact}")
+
+
+def _overlap(settings: EvaluateSettings, evaluation: Evaluation) -> str | None:
+    if settings.data is None or not isinstance(evaluation, DatasetEvaluation):
+        return None
+    try:
+        return overlap_text(evaluation.source, domain.source(settings.data.calibration))
+    except DataError:
+        # Scoring does not need the calibration set, which may have stayed on another machine.
+        return None
 
 
 def _table(name: str, before: EvalReport, after: EvalReport) -> Table:

@@ -152,6 +152,7 @@ def make_choices(
     """The choice of every layer, and where it comes from. Raises QD503."""
     rules = domain.rules(config)
     choices = apply_rules(planner.layers, domain.default_choice(config), rules)
+    planner.check_rules(rules)
     why = {
         layer.name: f"rule {rule.match}"
         for rule in rules

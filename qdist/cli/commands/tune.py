@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from qdist.cli.tracking import Run
 from qdist.data.source import DataSource
 from qdist.emit.qdq import Artifact, emit_qdq
 from qdist.errors import EvaluationError, PlanError
+from qdist.evaluate.builtin import DatasetEvaluation
 from qdist.evaluate.compare import LayerComparison, compare_layers, sensitivity
+from qdist.evaluate.overlap import overlap_text
 from qdist.evaluate.report import EvalReport
 from qdist.evaluate.scorer import Evaluation, Scorer
 from qdist.files import write_json
@@ -67,8 +69,10 @@ def run(context: Context[TuneSettings]) -> None:
         planner = Planner(
             graph, merged.record, store.taps, domain.plan_settings(settings.quantization)
         )
-        before = _float_score(context, frozen, evaluation)
-        trials = _search(context, frozen, planner, target, evaluation, run_, merged.record)
+        _note_overlap(context, evaluation, run_)
+        with _scorer(context, frozen, evaluation) as scorer:
+            before = _float_score(context, scorer)
+            trials = _search(context, frozen, planner, target, scorer, run_, merged.record)
         best = _keep_best(context, frozen, planner, target, trials)
         _report(context, frozen, before, best, trials, merged.notes, run_)
 
@@ -85,19 +89,32 @@ def _params(settings: TuneSettings) -> dict[str, Any]:
     }
 
 
-def _float_score(
-    context: Context[TuneSettings], frozen: FrozenModel, evaluation: Evaluation
-) -> EvalReport:
-    scorer = Scorer(
+def _note_overlap(context: Context[TuneSettings], evaluation: Evaluation, run_: Run) -> None:
+    if not isinstance(evaluation, DatasetEvaluation):
+        return
+    calibration = domain.source(context.settings.data.calibration)
+    text = overlap_text(evaluation.source, calibration)
+    if text is not None:
+        context.notes([f"{text} evaluation samples are calibration samples"])
+        run_.set_tags({"qdist.evaluation_overlap": text})
+
+
+def _scorer(context: Context[TuneSettings], frozen: FrozenModel, evaluation: Evaluation) -> Scorer:
+    return Scorer(
         evaluation=evaluation,
         float_model=frozen.source,
         scratch=context.folder / "scratch",
         execution=context.execution,
         **domain.scorer_options(context.settings.evaluation),  # type: ignore[arg-type]
     )
+
+
+def _float_score(context: Context[TuneSettings], scorer: Scorer) -> EvalReport:
     with context.working("scoring the float model"):
-        report = scorer.score(frozen.source)
+        report = scorer.score(scorer.float_model)
     context.say(f"float model: {report.metric} {report.score:.4f}")
+    if isinstance(scorer.evaluation, DatasetEvaluation):
+        context.notes(report.log.splitlines())
     return report
 
 
@@ -106,7 +123,7 @@ def _search(
     frozen: FrozenModel,
     planner: Planner,
     target: Target,
-    evaluation: Evaluation,
+    scorer: Scorer,
     parent: Run,
     record: Any,
 ) -> list[Trial]:
@@ -121,7 +138,10 @@ def _search(
         settings.search.strategy,
         choices,
         errors,
-        domain.greedy(settings.search),
+        # What the target would refuse in every trial is not tried.
+        replace(
+            domain.greedy(settings.search), granularity="channel" if target.per_channel else None
+        ),
         {layer.name: planner.weight_elements(layer) for layer in planner.choosable()},
     )
     setup = TrialSetup(
@@ -130,9 +150,10 @@ def _search(
         taps=planner.taps,
         settings=planner.settings,
         target=target,
-        evaluation=evaluation,
+        evaluation=scorer.evaluation,
         execution=context.execution,
-        scratch=context.folder / "scratch",
+        scratch=scorer.scratch,
+        reference=scorer.reference,
         scorer_options=domain.scorer_options(settings.evaluation),
     )
     folder = context.folder / "trials"
@@ -212,6 +233,7 @@ def _sensitivities(
             target.project(planner.plan(tried)),
             source,
             context.execution,
+            batch=context.settings.compare.batch,
             n_samples=search.sensitivity_samples,
         )
         found[precision] = {
@@ -268,9 +290,8 @@ def _log_trial(parent: Run, trial: Trial, folder: Path, settings: TuneSettings) 
             ],
             "layers.csv",
         )
-        for name in (PLAN, ARTIFACT, f"{ARTIFACT}.data"):
-            if (place / name).is_file():
-                child.log_artifact(place / name)
+        for path in sorted([*place.glob(PLAN), *place.glob(f"{ARTIFACT}*")]):
+            child.log_artifact(path)
 
 
 _PRECISIONS = ("int8", "w4a8", "w8a16", "w4a16", "int16", "float32")
@@ -308,6 +329,7 @@ def _keep_best(
             projected,
             domain.evaluation_source(context.settings.data),
             context.execution,
+            batch=context.settings.compare.batch,
             n_samples=context.settings.compare.samples,
         )
     return _Best(

@@ -1,0 +1,56 @@
+"""A search for a target of few freedoms, scored on the calibration samples."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from actors.session import RaySession
+from qdist.plan.plan import load_plan
+from tests.command_line import succeed
+from tests.e2e.tracked import client_for
+
+SCORED = (
+    *("model=digits_cnn", "data=digits", "evaluation=accuracy"),
+    *("data.evaluation.inputs.images=calibration_images", "data.evaluation.limit=40"),
+    "data.evaluation.labels=calibration_labels",
+)
+TUNE = (
+    *("tune", *SCORED, "target=qdq_power_of_two"),
+    *("quantization.symmetric=true", "quantization.granularity=tensor"),
+    *("search.max_trials=4", "search.saturations=[]", "search.sensitivity_samples=4"),
+    *("compare.samples=8", "compare.batch=3", "cluster.workers=1"),
+)
+NOTE = "note: 40 of 40 evaluation samples are calibration samples"
+
+
+def test_a_target_without_scales_per_channel_is_searched_to_the_end(
+    cluster: RaySession, cnn_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+    folder = Path(shutil.copytree(cnn_runs, "qdist-runs")).absolute() / "digits_cnn"
+    uri = f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}"
+    said = succeed(*TUNE, uri)
+    assert "is the best" in said
+    assert "failed" not in said
+    assert "w4a8 in" in said
+    plan = load_plan(folder / "plan.json")
+    quantizers = [entry.quantizer for layer in plan.layers for entry in layer.weights]
+    assert quantizers
+    assert all(quantizer.axis is None for quantizer in quantizers)
+    assert not list((folder / "scratch").iterdir())
+    assert NOTE in said
+    assert NOTE in succeed("evaluate", *SCORED, uri)
+    numbers = json.loads((folder / "evaluation.json").read_text())
+    assert numbers["float"]["metrics"]["agreement"] == 1
+    assert not list((folder / "scratch").iterdir())
+    client = client_for(uri.removeprefix("tracking.uri="))
+    (experiment,) = client.search_experiments(filter_string="name = 'qdist'")
+    found = client.search_runs(
+        [experiment.experiment_id], "tags.`qdist.evaluation_overlap` = '40 of 40'"
+    )
+    assert sorted(run.data.tags["qdist.command"] for run in found) == ["evaluate", "tune"]
