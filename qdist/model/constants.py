@@ -5,6 +5,7 @@ As in `rewrite`, each step mutates the model it is given and is deterministic.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,8 @@ class _Budget:
             for tensor in model.graph.initializer
             if tensor.data_location != TensorProto.EXTERNAL
         }
+        self._n_readers = Counter(n for node in model.graph.node for n in set(names_read(node)))
+        self._n_readers.update(value.name for value in model.graph.output)
         self.refused: set[str] = set()
         """Names of nodes that are left where they are."""
 
@@ -106,11 +109,13 @@ class _Budget:
         """Whether the node may be folded into outputs of these sizes; if so, they are counted."""
         operands = set(names_read(node)) & set(self._inline)
         made = {name: sizes.get(name, 0) for name in node.output if name}
-        grown = sum(made.values()) - sum(self._inline[name] for name in operands)
-        if grown > min(FOLD_LIMIT_BYTES, self._left):
+        n_made = sum(made.values())
+        grown = n_made - sum(self._inline[n] for n in operands if self._n_readers[n] == 1)
+        beyond = n_made - sum(self._inline[name] for name in operands)
+        if beyond > FOLD_LIMIT_BYTES or grown > self._left:
             self.refused.add(node.name)
             return False
-        # An operand gives its place to one result only.
+        # An operand gives its place to one result only, and stays where others read it.
         self._inline.update(dict.fromkeys(operands, 0))
         self._inline.update(made)
         self._left -= max(0, grown)

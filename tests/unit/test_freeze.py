@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from qdist.demo import demo_file
 from qdist.errors import ModelError
-from qdist.model import constants, rewrite
+from qdist.model import constants, rewrite, session
 from qdist.model.freeze import FrozenModel, _relative_l2, freeze, frozen_difference
 from qdist.model.loading import load_model
 from qdist.model.opset import raise_opset
@@ -524,6 +525,25 @@ def test_results_in_place_of_large_weights_in_the_graph_are_folded(
     assert [n.name for n in frozen.proto().graph.node if n.op_type == "Transpose"] == ["twice"]
 
 
+def test_copies_of_weights_that_stay_count_towards_the_total(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    proto = model(
+        [
+            node("Transpose", ["w"], ["t"], "turn"),
+            node("MatMul", ["x", "t"], ["h"]),
+            node("MatMul", ["h", "w"], ["y"]),
+        ],
+        [value("x", [1, 8])],
+        [value("y", [1, 8])],
+        {"w": normal(8, 8)},
+    )
+    for total, n_left in ((256, 0), (255, 1)):
+        monkeypatch.setattr(constants, "FOLD_TOTAL_BYTES", total)
+        frozen = check_equal(proto, tmp_path, {"x": normal(1, 8)})
+        assert types(frozen).count("Transpose") == n_left
+
+
 def test_names_are_unique_stable_and_kept_where_there_are_any(tmp_path: Path) -> None:
     proto = model(
         [
@@ -682,6 +702,15 @@ def test_one_weight_more_or_less_is_another_digest(tmp_path: Path) -> None:
         )
         digests.add(frozen_from(proto, tmp_path / "model.onnx").digest)
     assert len(digests) == 2
+
+
+def test_the_fingerprint_tells_arm_processors_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for features in ("fp asimd", "fp asimd asimddp i8mm bf16 sve sve2"):
+        text = f"processor\t: 0\nFeatures\t: {features}\n"
+        monkeypatch.setattr(session, "open", lambda *_, t=text, **__: StringIO(t), raising=False)
+        found.append(session.fingerprint(EXECUTION)["cpu_flags"])
+    assert found == [["asimd"], ["asimd", "asimddp", "i8mm", "bf16", "sve", "sve2"]]
 
 
 def test_remarks_and_unused_bytes_are_no_part_of_the_digest(tmp_path: Path) -> None:

@@ -62,6 +62,8 @@ def calibrate(
                 started = True
                 measuring.start_clock()
             note = f"{progress.n_workers} workers" if started else "starting workers"
+            if progress.n_records:
+                note = f"merging {progress.n_merged} of {progress.n_records} records"
             if progress.n_retried:
                 note += f", {progress.n_retried} retried"
             if progress.message:
