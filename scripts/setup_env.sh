@@ -42,7 +42,7 @@ find_python() {
         echo "$PYTHON"
         return
     fi
-    for candidate in python3 python3.13 python3.12 python3.11; do
+    for candidate in python3 python3.14 python3.13 python3.12 python3.11; do
         command -v "$candidate" >/dev/null || continue
         reason=$(objection "$candidate")
         if [ -z "$reason" ]; then

@@ -170,10 +170,11 @@ def from_hydra(
         )
     return ConfigError(
         "QD106",
-        where=str(getattr(error, "override", None) or "the command line"),
+        where=str(getattr(error, "override", None) or "the command line").lstrip("+"),
         got=_first_line(error),
         expected="overrides of the form key=value or group=choice",
-        mend="quote values that hold spaces or braces: 'key={a: 1}'",
+        mend="quote values that hold spaces or braces, as in 'key={a: 1}' and "
+        """'evaluation.command=[python, eval.py, "{model}"]'""",
     )
 
 

@@ -153,7 +153,7 @@ def evaluation(config: schema.EvaluationConfig, data: schema.DataConfig | None) 
             )
         case schema.CommandConfig():
             return CommandEvaluation(
-                command=tuple(config.command),
+                command=tuple(_found_from_elsewhere(word) for word in config.command),
                 folder=absolute(config.folder) if config.folder else None,
                 timeout_s=config.timeout_s,
                 higher_is_better=config.higher_is_better,
@@ -273,3 +273,10 @@ def _wrong_length(name: str, values: list[int], expected: str) -> ConfigError:
         expected=expected,
         mend=f"give {name}={expected}",
     )
+
+
+def _found_from_elsewhere(word: str) -> str:
+    """A file of the current folder by its absolute path: the command has another working folder."""
+    path = Path(word)
+    is_file = not path.is_absolute() and not word.startswith("-") and path.is_file()
+    return str(path.absolute()) if is_file else word

@@ -67,7 +67,7 @@ def command_help(command: str, extra: Path | None = None) -> str:
         *_keys(schema),
         "",
         "Hydra's own options:",
-        "  --cfg job              print the configuration that these words give, and stop",
+        "  --cfg job --resolve    print the configuration that these words give, and stop",
         "  --multirun, -m         run every combination of key=a,b,c",
         "  --config-dir FOLDER    find your own group files too: FOLDER/model/mine.yaml",
         "  --hydra-help           the others",

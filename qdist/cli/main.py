@@ -6,6 +6,7 @@ import difflib
 import importlib
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -139,10 +140,14 @@ def _run_hydra(command: str, words: list[str]) -> None:
             )
         )
 
+    main_of = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=command)
     before = sys.argv
     sys.argv = [f"qdist {command}", *given]
     try:
-        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=command)(job)()
+        # Hydra leaves a multirun.yaml of its own settings behind; ours are saved with the results.
+        with tempfile.TemporaryDirectory(prefix="qdist-sweep-") as scratch:
+            sys.argv.insert(1, f"hydra.sweep.dir={scratch}")
+            main_of(job)()
         if failed:
             raise failed[0]
     except COMPOSE_ERRORS as error:

@@ -43,8 +43,11 @@ class ArraysConfig(Group):
     """Arrays in .npz or .npy files."""
 
     kind: Literal["arrays"]
-    path: str
-    inputs: dict[str, str]
+    path: str = Field(description="an .npz or .npy file, or a folder of them")
+    inputs: dict[str, str] = Field(
+        description="which array feeds which input, {model input: key in the file}, "
+        "as in 'data.calibration.inputs={images: x}'"
+    )
     labels: str | None = None
     limit: int | None = Field(None, ge=1)
     start: int = Field(0, ge=0)

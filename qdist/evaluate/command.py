@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -180,7 +181,7 @@ class CommandEvaluation:
             self._argv(paths),
             folder=trial,
             work=work,
-            environment={**os.environ, **self.environment, **variables},
+            environment={**_own_python_first(), **self.environment, **variables},
             timeout_s=self.timeout_s,
         )
         if outcome.kind == "unstarted":
@@ -199,7 +200,8 @@ class CommandEvaluation:
                 "QD702",
                 got=f"{outcome}; its last line: {said!r}" if said else f"{outcome}, and no output",
                 expected="exit status 0",
-                mend="run the command by hand; SIGKILL often means that memory ran out",
+                mend="run it by hand; evaluation.keep=true keeps its working folder, which is a "
+                "copy of evaluation.folder and not the current folder",
                 log=read_log(trial),
             )
         return outcome.seconds
@@ -230,3 +232,9 @@ class CommandEvaluation:
         self, code: str, *, got: str, expected: str, mend: str, log: str = ""
     ) -> CommandError:
         return CommandError(code, where=self._where, got=got, expected=expected, mend=mend, log=log)
+
+
+def _own_python_first() -> dict[str, str]:
+    """This environment, in which ``python`` is the Python that runs qdist, packages and all."""
+    own = str(Path(sys.executable).parent)
+    return {**os.environ, "PATH": os.pathsep.join([own, os.environ.get("PATH", os.defpath)])}

@@ -100,7 +100,8 @@ class Target:
             where=f"layer {layer.name} on target {self.name}",
             got=got,
             expected=expected,
-            mend="change the layer's rule, quantization settings, or the target",
+            mend="run qdist quantize with other settings (quantization.symmetric=true, "
+            "quantization.granularity=tensor), change the layer's rule, or choose another target",
         )
 
 

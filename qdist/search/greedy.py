@@ -143,7 +143,9 @@ class Greedy:
         choices = {**best, **{name: _changed(best[name], {field: value}) for name in names}}
         what = value if field == "precision" else f"{field} {value}"
         noun = "layer" if len(names) == 1 else "layers"
-        return self._candidate(f"{what} in {len(names)} {noun}", choices)
+        parent = self._best.candidate.number if self._best is not None else 0
+        start = f"trial {parent} + " if parent else ""
+        return self._candidate(f"{start}{what} in {len(names)} {noun}", choices)
 
     def _candidate(self, label: str, choices: Choices) -> Candidate | None:
         key = choices_key(choices)

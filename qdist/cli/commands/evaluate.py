@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from rich.table import Table
 
@@ -49,6 +50,8 @@ def run(context: Context[EvaluateSettings]) -> None:
         if overlap is not None:
             context.notes([f"{overlap} evaluation samples are calibration samples"])
             tracked.set_tags({"qdist.evaluation_overlap": overlap})
+        if isinstance(evaluation, DatasetEvaluation) and not _is_quantized(artifact):
+            context.notes([f"{artifact} holds nothing quantized"])
         with context.working("scoring the float model"):
             before = scorer.score(model.path)
         with context.working("scoring the quantized model"):
@@ -88,3 +91,8 @@ def _table(name: str, before: EvalReport, after: EvalReport) -> Table:
         table.add_row("samples", str(before.n_samples), str(after.n_samples))
     table.add_row("seconds", f"{before.seconds:.2f}", f"{after.seconds:.2f}")
     return table
+
+
+def _is_quantized(path: Path) -> bool:
+    nodes = load_model(path).proto().graph.node
+    return any(node.op_type in ("DequantizeLinear", "QLinearConv", "QGemm") for node in nodes)

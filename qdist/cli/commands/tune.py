@@ -392,7 +392,9 @@ def _report(
         if artifact is not None:
             parent.log_artifact(artifact, best=True)
     context.console.print(trial_table(rows))
-    context.console.print(summary_table(summary))
+    # What is to be copied stands below the table, where nothing wraps it.
+    context.console.print(summary_table(replace(summary, places=summary.places[:-1])))
+    context.say(f"dashboard: {parent.url}")
 
 
 def _row(trial: Trial, best: Trial) -> TrialRow:
