@@ -5,7 +5,7 @@ computed once, by whoever starts the search, and read from disk."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -214,8 +214,3 @@ def _round(
             case _:
                 pass
     return sorted(finished, key=lambda trial: trial.candidate.number)
-
-
-def succeeded(trials: Iterable[Trial]) -> list[Trial]:
-    """The trials that have a score."""
-    return [trial for trial in trials if trial.report is not None]

@@ -52,15 +52,6 @@ def load_model(
     missing or short.
     """
     path = Path(path).expanduser().absolute()
-    if not path.is_file():
-        kind = "a folder" if path.is_dir() else "nothing there"
-        raise ModelError(
-            "QD201",
-            where=str(path),
-            got=kind,
-            expected="an ONNX file",
-            mend="give the path of the .onnx file with model.path=FILE",
-        )
     graph_bytes = _read(path)
     proto = _parse(path, graph_bytes)
     ranges = external_ranges(proto, path.parent)
@@ -84,6 +75,14 @@ def load_model(
     )
 
 
+def read_graph(path: Path) -> onnx.ModelProto:
+    """The graph of a model file; external data is neither looked for nor read.
+
+    Raises `ModelError`: QD201, QD202, QD203.
+    """
+    return _parse(path, _read(path))
+
+
 def combined_digest(graph_bytes: bytes, range_digests: Iterable[str]) -> str:
     """Hex SHA-256 of a graph and, in the order that it names them, its external ranges."""
     return digest_bytes(graph_bytes, *(entry.encode() for entry in range_digests))
@@ -105,6 +104,15 @@ def _blocks(place: ExternalRange) -> Iterator[bytes]:
 
 
 def _read(path: Path) -> bytes:
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "nothing there"
+        raise ModelError(
+            "QD201",
+            where=str(path),
+            got=kind,
+            expected="an ONNX file",
+            mend="give the path of the .onnx file with model.path=FILE",
+        )
     try:
         return path.read_bytes()
     except OSError as error:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from qdist.model.graph import Graph
-from qdist.model.layers import Layer, view_source
+from qdist.model.layers import Layer
 
 _ACTIVATIONS = frozenset({"Relu", "Clip"})
 _BEFORE_ACTIVATION = frozenset(
@@ -51,8 +51,3 @@ def _is_bias(graph: Graph, layer: Layer) -> bool:
         return False
     shape = graph.weights.shape(layer.weights[0].tensor)
     return int(np.sum(np.asarray(shape) > 1)) <= 1
-
-
-def alias_of(graph: Graph, tensor: str) -> str:
-    """The tensor whose statistics and quantizer ``tensor`` shares."""
-    return view_source(graph, tensor)

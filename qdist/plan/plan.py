@@ -11,6 +11,7 @@ from typing import Any
 from qdist.digest import digest_json
 from qdist.errors import PlanError
 from qdist.files import write_json
+from qdist.model.layers import COMPUTE
 from qdist.plan.choice import LayerChoice
 from qdist.plan.quantizer import Quantizer
 
@@ -124,7 +125,7 @@ class QuantizationPlan:
 
     def coverage(self) -> Coverage:
         """How much of the model is quantized."""
-        compute = [layer for layer in self.layers if layer.op_type in _COMPUTE]
+        compute = [layer for layer in self.layers if layer.op_type in COMPUTE]
         both = sum(not layer.left_float and layer.is_quantized for layer in compute)
         tensors = {
             (entry.tensor, entry.quantizer.key)
@@ -203,6 +204,3 @@ def _unreadable(path: Path, got: str) -> PlanError:
         expected=f"a qdist plan (JSON, schema {SCHEMA})",
         mend="run qdist quantize, or give another file with plan=FILE",
     )
-
-
-_COMPUTE = ("Conv", "ConvTranspose", "MatMul", "Gemm")

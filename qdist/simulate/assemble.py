@@ -38,30 +38,33 @@ def assemble(frozen: FrozenModel, projected: ProjectedPlan) -> QuantizedGraph:
     """
     plan = projected.plan
     proto = raised(frozen, plan.opset)
-    weights = frozen.weights()
-    pairs = Pairs(weights, rewrite.tensor_names(proto))
+    pairs = Pairs(frozen.weights(), rewrite.tensor_names(proto))
     by_name = {layer.name: layer for layer in plan.layers if layer.is_quantized}
     nodes: list[NodeProto] = []
     placed: set[str] = set()
     for node in proto.graph.node:
         layer = by_name.pop(node.name, None)
         if layer is not None:
-            for name in replace_inputs(node, layer, pairs):
-                if name not in placed:
-                    nodes.extend(pairs.nodes[name])
-                    placed.add(name)
+            nodes.extend(pair_nodes(node, layer, pairs, placed))
         nodes.append(node)
     if by_name:
         raise _unknown_layers(frozen, list(by_name))
+    proto.producer_name = "qdist"
+    return finished(frozen, proto, nodes, pairs)
+
+
+def finished(
+    frozen: FrozenModel, proto: ModelProto, nodes: list[NodeProto], pairs: Pairs
+) -> QuantizedGraph:
+    """``proto``, with these nodes and what ``pairs`` collected, as a graph ready to be written."""
     rewrite.set_nodes(proto, nodes)
     proto.graph.initializer.extend(pairs.initializers)
     rewrite.remove_dead(proto)
     proto.ir_version = max(proto.ir_version, IR_VERSION_OF_OPSET.get(rewrite.opset_of(proto), 10))
-    proto.producer_name = "qdist"
     return QuantizedGraph(
         proto=proto,
         integer_weights=tuple(pairs.integer_weights),
-        weights=weights,
+        weights=pairs.weights,
         data_folder=frozen.data_folder,
     )
 
@@ -71,6 +74,18 @@ def raised(frozen: FrozenModel, opset: int) -> ModelProto:
     proto = raise_opset(frozen.proto(), opset)
     rewrite.name_nodes(proto)
     return proto
+
+
+def pair_nodes(
+    node: NodeProto, layer: LayerPlan, pairs: Pairs, placed: set[str]
+) -> list[NodeProto]:
+    """Quantize a node's inputs; the Q/DQ nodes that have to come before it.
+
+    Those of tensors in ``placed`` are there already; the others are added to it.
+    """
+    new = [name for name in dict.fromkeys(replace_inputs(node, layer, pairs)) if name not in placed]
+    placed.update(new)
+    return [pair for name in new for pair in pairs.nodes[name]]
 
 
 def replace_inputs(node: NodeProto, layer: LayerPlan, pairs: Pairs) -> list[str]:

@@ -87,7 +87,7 @@ class Pairs:
 
     def __init__(self, weights: Weights, taken: Set[str]) -> None:
         """``taken``: tensor names that the graph has already."""
-        self._weights = weights
+        self.weights = weights
         self._taken = taken
         self._made: dict[tuple[Any, ...], str] = {}
         self._stems: set[str] = set()
@@ -133,7 +133,7 @@ class Pairs:
                 TensorProto(
                     name=name,
                     data_type=_ONNX_TYPES[quantizer.bits],
-                    dims=self._weights.shape(tensor),
+                    dims=self.weights.shape(tensor),
                 )
             )
             self.integer_weights.append(

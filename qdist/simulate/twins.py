@@ -12,10 +12,9 @@ from onnx import NodeProto
 
 from qdist.model import rewrite
 from qdist.model.freeze import FrozenModel
-from qdist.model.opset import IR_VERSION_OF_OPSET
 from qdist.plan.plan import LayerPlan
 from qdist.plan.target import ProjectedPlan
-from qdist.simulate.assemble import QuantizedGraph, raised, replace_inputs
+from qdist.simulate.assemble import QuantizedGraph, finished, pair_nodes, raised
 from qdist.simulate.pairs import Pairs
 
 SUFFIX = ".twin"
@@ -34,8 +33,7 @@ def twin_graph(frozen: FrozenModel, projected: ProjectedPlan) -> TwinGraph:
     """The frozen graph with a quantized twin of every quantized layer. Raises QD206."""
     plan = projected.plan
     proto = raised(frozen, plan.opset)
-    weights = frozen.weights()
-    pairs = Pairs(weights, rewrite.tensor_names(proto))
+    pairs = Pairs(frozen.weights(), rewrite.tensor_names(proto))
     by_name = {layer.name: layer for layer in plan.layers if layer.is_quantized}
     nodes: list[NodeProto] = []
     placed: set[str] = set()
@@ -46,27 +44,14 @@ def twin_graph(frozen: FrozenModel, projected: ProjectedPlan) -> TwinGraph:
         if layer is None:
             continue
         twin = _twin(node)
-        for name in replace_inputs(twin, layer, pairs):
-            if name not in placed:
-                nodes.extend(pairs.nodes[name])
-                placed.add(name)
+        nodes.extend(pair_nodes(twin, layer, pairs, placed))
         nodes.append(twin)
         outputs[layer.name] = next(name for name in node.output if name)
-    rewrite.set_nodes(proto, nodes)
-    proto.graph.initializer.extend(pairs.initializers)
     del proto.graph.output[:]
     for name in outputs.values():
         proto.graph.output.append(onnx.ValueInfoProto(name=name))
         proto.graph.output.append(onnx.ValueInfoProto(name=name + SUFFIX))
-    rewrite.remove_dead(proto)
-    proto.ir_version = max(proto.ir_version, IR_VERSION_OF_OPSET.get(rewrite.opset_of(proto), 10))
-    graph = QuantizedGraph(
-        proto=proto,
-        integer_weights=tuple(pairs.integer_weights),
-        weights=weights,
-        data_folder=frozen.data_folder,
-    )
-    return TwinGraph(graph=graph, outputs=outputs)
+    return TwinGraph(graph=finished(frozen, proto, nodes, pairs), outputs=outputs)
 
 
 def _twin(node: NodeProto) -> NodeProto:

@@ -9,15 +9,14 @@ from rich.table import Table
 
 from qdist.cli import domain
 from qdist.cli.commands import steps
+from qdist.cli.commands.scoring import make_scorer, note_overlap
 from qdist.cli.context import Context
 from qdist.cli.schema import EvaluateSettings
-from qdist.errors import ArtifactError, DataError
+from qdist.errors import ArtifactError
 from qdist.evaluate.builtin import DatasetEvaluation
-from qdist.evaluate.overlap import overlap_text
 from qdist.evaluate.report import EvalReport
-from qdist.evaluate.scorer import Evaluation, Scorer
 from qdist.files import write_json
-from qdist.model.loading import load_model
+from qdist.model.loading import load_model, read_graph
 
 
 def run(context: Context[EvaluateSettings]) -> None:
@@ -35,21 +34,12 @@ def run(context: Context[EvaluateSettings]) -> None:
         )
     folder = context.make_folder()
     model = load_model(domain.absolute(settings.model.path))
-    scorer = Scorer(
-        evaluation=evaluation,
-        float_model=model.path,
-        scratch=folder / "scratch",
-        execution=context.execution,
-        **domain.scorer_options(settings.evaluation),  # type: ignore[arg-type]
-    )
+    scorer = make_scorer(context, evaluation, model.path)
     with (
         context.tracked(params={"artifact": str(artifact)}, model_digest=model.digest) as tracked,
         scorer,
     ):
-        overlap = _overlap(settings, evaluation)
-        if overlap is not None:
-            context.notes([f"{overlap} evaluation samples are calibration samples"])
-            tracked.set_tags({"qdist.evaluation_overlap": overlap})
+        note_overlap(context, evaluation, tracked)
         if isinstance(evaluation, DatasetEvaluation) and not _is_quantized(artifact):
             context.notes([f"{artifact} holds nothing quantized"])
         with context.working("scoring the float model"):
@@ -68,16 +58,6 @@ def run(context: Context[EvaluateSettings]) -> None:
     context.say(f"artifact-exact, run as it is written: {artifact}")
 
 
-def _overlap(settings: EvaluateSettings, evaluation: Evaluation) -> str | None:
-    if settings.data is None or not isinstance(evaluation, DatasetEvaluation):
-        return None
-    try:
-        return overlap_text(evaluation.source, domain.source(settings.data.calibration))
-    except DataError:
-        # Scoring does not need the calibration set, which may have stayed on another machine.
-        return None
-
-
 def _table(name: str, before: EvalReport, after: EvalReport) -> Table:
     table = Table(title=f"Evaluation of {name}", title_justify="left")
     table.add_column("metric")
@@ -94,5 +74,5 @@ def _table(name: str, before: EvalReport, after: EvalReport) -> Table:
 
 
 def _is_quantized(path: Path) -> bool:
-    nodes = load_model(path).proto().graph.node
+    nodes = read_graph(path).graph.node
     return any(node.op_type in ("DequantizeLinear", "QLinearConv", "QGemm") for node in nodes)

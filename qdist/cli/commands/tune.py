@@ -8,6 +8,7 @@ from typing import Any
 
 from qdist.cli import domain
 from qdist.cli.commands import steps
+from qdist.cli.commands.scoring import make_scorer, note_overlap
 from qdist.cli.context import Context
 from qdist.cli.progress import bar
 from qdist.cli.schema import TuneSettings
@@ -17,15 +18,15 @@ from qdist.emit.qdq import Artifact, emit_qdq
 from qdist.errors import EvaluationError, PlanError
 from qdist.evaluate.builtin import DatasetEvaluation
 from qdist.evaluate.compare import LayerComparison, compare_layers, sensitivity
-from qdist.evaluate.overlap import overlap_text
 from qdist.evaluate.report import EvalReport
-from qdist.evaluate.scorer import Evaluation, Scorer
+from qdist.evaluate.scorer import Scorer
 from qdist.files import write_json
 from qdist.model.freeze import FrozenModel
 from qdist.model.graph import Graph
 from qdist.plan.choice import LayerChoice
 from qdist.plan.plan import QuantizationPlan
 from qdist.plan.planner import Planner
+from qdist.plan.precision import PRECISIONS
 from qdist.plan.target import ProjectedPlan, Target
 from qdist.report.page import write_page
 from qdist.report.tables import summary_table, trial_table
@@ -69,8 +70,8 @@ def run(context: Context[TuneSettings]) -> None:
         planner = Planner(
             graph, merged.record, store.taps, domain.plan_settings(settings.quantization)
         )
-        _note_overlap(context, evaluation, run_)
-        with _scorer(context, frozen, evaluation) as scorer:
+        note_overlap(context, evaluation, run_)
+        with make_scorer(context, evaluation, frozen.source) as scorer:
             before = _float_score(context, scorer)
             trials = _search(context, frozen, planner, target, scorer, run_, merged.record)
         best = _keep_best(context, frozen, planner, target, trials)
@@ -87,26 +88,6 @@ def _params(settings: TuneSettings) -> dict[str, Any]:
         "target": settings.target.name,
         "max_trials": settings.search.max_trials,
     }
-
-
-def _note_overlap(context: Context[TuneSettings], evaluation: Evaluation, run_: Run) -> None:
-    if not isinstance(evaluation, DatasetEvaluation):
-        return
-    calibration = domain.source(context.settings.data.calibration)
-    text = overlap_text(evaluation.source, calibration)
-    if text is not None:
-        context.notes([f"{text} evaluation samples are calibration samples"])
-        run_.set_tags({"qdist.evaluation_overlap": text})
-
-
-def _scorer(context: Context[TuneSettings], frozen: FrozenModel, evaluation: Evaluation) -> Scorer:
-    return Scorer(
-        evaluation=evaluation,
-        float_model=frozen.source,
-        scratch=context.folder / "scratch",
-        execution=context.execution,
-        **domain.scorer_options(context.settings.evaluation),  # type: ignore[arg-type]
-    )
 
 
 def _float_score(context: Context[TuneSettings], scorer: Scorer) -> EvalReport:
@@ -264,7 +245,7 @@ def _log_trial(parent: Run, trial: Trial, folder: Path, settings: TuneSettings) 
         "changed_layers": len(candidate.changed),
     }
     if isinstance(counts, dict):
-        params.update({f"layers_{name}": counts.get(name, 0) for name in _PRECISIONS})
+        params.update({f"layers_{name}": counts.get(name, 0) for name in PRECISIONS})
     place = trial_folder(folder, candidate.number)
     with parent.start_child(
         f"trial-{candidate.number:03d} {candidate.label}", params=params, number=candidate.number
@@ -292,9 +273,6 @@ def _log_trial(parent: Run, trial: Trial, folder: Path, settings: TuneSettings) 
         )
         for path in sorted([*place.glob(PLAN), *place.glob(f"{ARTIFACT}*")]):
             child.log_artifact(path)
-
-
-_PRECISIONS = ("int8", "w4a8", "w8a16", "w4a16", "int16", "float32")
 
 
 def _common(values: Any) -> str:
