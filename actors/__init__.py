@@ -2,10 +2,13 @@
 
 ``session``    starts a local Ray or connects to one, and checks that it has the resources.
 ``retry``      what to do after a task or a worker failed; a pure policy that knows no Ray.
+``stragglers`` when a late task is started a second time; ``outage`` when a store is tried again.
 ``pool``       a pool of actors, each around one plain worker; the driver owns the queue.
 ``events``     what a pool tells its caller, and what it asks of a worker.
 ``crew``       the pool's workers: started, replaced, retired; ``seat`` the place of one of them.
 ``job_queue``  which job goes to which worker next.
+``answers``    what the workers answer, and what becomes of each task then.
+``nodes``      how much every node of the cluster has done.
 ``host``       the class that Ray makes actors of.
 ``failures``   the errors of a pool.
 ``calibrate``  the controller that spreads the shards of a calibration over a pool.

@@ -11,12 +11,14 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from actors.events import Event, TaskT, Worker, WorkerJoined, WorkerLost
-from actors.failures import last_line, never_started, not_ready
+from actors.failures import last_line, never_started, not_ready, postponed
 from actors.host import Host
 from actors.job_queue import JobQueue
+from actors.nodes import NodeLedger
+from actors.retry import Postpone, RetryPolicy
 from actors.seat import Seat
 from actors.session import ClusterSpec, worker_runtime_env
-from qdist.errors import ClusterError, QdistError
+from qdist.errors import QdistError
 
 FETCH_TIMEOUT_S = 300.0
 """Seconds for an answer that is ready to reach the driver."""
@@ -27,8 +29,9 @@ _REST_AFTER_FAILED_START_S = 0.5
 class Crew(Generic[TaskT]):
     """The seats of a pool, and what becomes of their actors. Used by one thread, the pool's.
 
-    Who joins and who is lost is appended to ``events``; the jobs of a lost worker go back into
-    ``queue``. ``facts`` are those of every worker that joined, in that order.
+    Who joins and who is lost is appended to ``events``, who joins goes into ``ledger`` too; the
+    jobs of a lost worker go back into ``queue``. ``policy`` says which errors of a worker's setup
+    may pass. ``facts`` are those of every worker that joined, in that order.
     """
 
     def __init__(
@@ -36,7 +39,9 @@ class Crew(Generic[TaskT]):
         spec: ClusterSpec,
         *,
         name: str,
+        policy: RetryPolicy,
         queue: JobQueue[TaskT],
+        ledger: NodeLedger,
         events: deque[Event[Any, Any]],
     ) -> None:
         self.seats: list[Seat[TaskT]] = [
@@ -46,7 +51,9 @@ class Crew(Generic[TaskT]):
         self.last_loss = "no worker ever started"
         self._spec = spec
         self._name = name
+        self._policy = policy
         self._queue = queue
+        self._ledger = ledger
         self._events = events
         self._make_ref: Any = None
         self._actor_class: Any = None
@@ -60,6 +67,11 @@ class Crew(Generic[TaskT]):
     def n_alive(self) -> int:
         """Workers that are ready, idle or busy."""
         return sum(seat.ready for seat in self.seats)
+
+    @property
+    def waits_for(self) -> QdistError | None:
+        """The transient error that keeps a worker from starting, if there is such a worker."""
+        return next((seat.waits_for for seat in self.seats if seat.waits_for is not None), None)
 
     @property
     def is_retired(self) -> bool:
@@ -95,7 +107,8 @@ class Crew(Generic[TaskT]):
         """Take the answer to `actors.host.Host.start`.
 
         Until the pool is ``at_work``, raises what a worker's setup raised, and QD803 or QD804
-        after ``max_attempts``; from then on such a seat is retired.
+        after ``max_attempts``; from then on such a seat is retired. What the policy takes for
+        transient is waited for, by either.
         """
         ref, seat.start_ref = seat.start_ref, None
         try:
@@ -108,10 +121,13 @@ class Crew(Generic[TaskT]):
             return
         facts = seat.joined(answer)
         self.facts.append(facts)
+        self._ledger.joined(facts)
         self._events.append(WorkerJoined(worker=seat.name, facts=facts))
 
     def _start_failed(self, seat: Seat[TaskT], error: BaseException, *, at_work: bool) -> None:
         """Try again after a rest; give up at once on bad input, and after ``max_attempts``."""
+        if isinstance(error, QdistError) and self._waits(seat, error):
+            return
         seat.n_failed_starts += 1
         is_final = isinstance(error, QdistError) or (
             seat.n_failed_starts >= self._spec.max_attempts
@@ -125,6 +141,25 @@ class Crew(Generic[TaskT]):
         self.lose(seat, f"it did not start: {last_line(error)}")
         seat.resting_until = time.monotonic() + _REST_AFTER_FAILED_START_S * seat.n_failed_starts
 
+    def _waits(self, seat: Seat[TaskT], error: QdistError) -> bool:
+        """Whether ``error`` is transient; the next start of the worker then comes after a pause."""
+        now = time.monotonic()
+        waited_s = 0.0 if seat.waits_for is None else now - seat.waits_since
+        decision = self._policy.decide_error(
+            error.code, waited_s=waited_s, n_in_a_row=seat.n_waits + 1
+        )
+        if not isinstance(decision, Postpone):
+            return False
+        seat.waits(error, now)
+        left_s = self._policy.patience_s - waited_s
+        self.lose(
+            seat,
+            "it did not start: "
+            + postponed(error, "its setup", pause_s=decision.pause_s, left_s=left_s),
+        )
+        seat.resting_until = now + decision.pause_s
+        return True
+
     def lose(self, seat: Seat[TaskT], reason: str) -> None:
         """Kill the actor of ``seat`` for good; `fill` starts the next one."""
         self._events.append(WorkerLost(worker=seat.name, reason=reason))
@@ -132,9 +167,9 @@ class Crew(Generic[TaskT]):
         # What was waiting behind the culprit never began: first in the queue, nothing counted.
         self._queue.put_first(seat.vacate())
 
-    def not_ready(self) -> ClusterError:
-        """The error that says who is missing after ``ready_timeout_s``."""
-        return not_ready(
+    def not_ready(self) -> QdistError:
+        """The error that says who or what is missing after ``ready_timeout_s``."""
+        return self.waits_for or not_ready(
             self._name,
             self._spec,
             n_ready=self.n_alive,

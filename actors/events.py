@@ -18,7 +18,7 @@ class Worker(Protocol[TaskT_contra, ResultT_co]):
     """What an actor wraps: a plain class that lives in one process and is used by one thread.
 
     Both methods may raise a `QdistError` for bad input; it reaches the driver as it is and is
-    not retried. Any other exception is.
+    not retried, unless its code is one of `actors.retry.TRANSIENT_CODES`. Any other exception is.
     """
 
     def setup(self) -> dict[str, Any]:
@@ -40,7 +40,8 @@ class Completed(Generic[TaskT, ResultT]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed(Generic[TaskT]):
-    """``task`` will not be tried again: bad input, or QD803 after the last attempt."""
+    """``task`` will not be tried again: bad input, a store that stays out of reach, or QD803
+    after the last attempt."""
 
     task: TaskT
     error: QdistError
@@ -48,11 +49,21 @@ class Failed(Generic[TaskT]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retried(Generic[TaskT]):
-    """``task`` goes back into the queue as attempt number ``attempt``."""
+    """``task`` goes back into the queue as attempt number ``attempt``, or, if it was duplicated,
+    runs on as that attempt where its copy is."""
 
     task: TaskT
     reason: str
     attempt: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Duplicated(Generic[TaskT]):
+    """``task`` is late, so idle ``worker`` runs it as well; whichever is first answers."""
+
+    task: TaskT
+    worker: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,5 +83,10 @@ class WorkerJoined:
 
 
 Event: TypeAlias = (
-    Completed[TaskT, ResultT] | Failed[TaskT] | Retried[TaskT] | WorkerLost | WorkerJoined
+    Completed[TaskT, ResultT]
+    | Failed[TaskT]
+    | Retried[TaskT]
+    | Duplicated[TaskT]
+    | WorkerLost
+    | WorkerJoined
 )

@@ -8,7 +8,7 @@ from ray.exceptions import RayTaskError
 
 from actors.retry import GiveUp
 from actors.session import ClusterSpec
-from qdist.errors import ClusterError
+from qdist.errors import CODES, ClusterError, QdistError
 
 _LOGS = "Ray's logs in /tmp/ray/session_latest/logs"
 
@@ -67,6 +67,14 @@ def gave_up(task: object, decision: GiveUp, reason: str) -> ClusterError:
         expected="the task to finish on one of them",
         mend="if workers die or run out of time, give them more memory or time "
         "(cluster.memory_bytes_per_worker, cluster.task_timeout_s); else report the exception",
+    )
+
+
+def postponed(error: QdistError, where: str, *, pause_s: float, left_s: float) -> str:
+    """Why a task waits: the transient ``error``, met at ``where``, and when it is tried again."""
+    return (
+        f"{error.code} {CODES[error.code]} ({error.where}: {error.got}) from {where}; "
+        f"next try in {pause_s:.1f} s, given up in {left_s:.0f} s"
     )
 
 

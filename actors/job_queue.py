@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Generic
 
 from actors.events import TaskT
+from actors.outage import Outage
 from actors.seat import Job, Seat
 
 
 class JobQueue(Generic[TaskT]):
-    """Jobs that wait for a worker. Used by one thread, the pool's."""
+    """Jobs that wait for a worker. Used by one thread, the pool's.
+
+    While there is an ``outage``, one job at a time tries whether it has ended.
+    """
 
     def __init__(self, *, prefetch: int) -> None:
         """``prefetch``: how many jobs may wait at a worker behind the one that it runs."""
+        self.outage = Outage()
         self._prefetch = prefetch
         self._jobs: deque[Job[TaskT]] = deque()
 
@@ -26,15 +31,18 @@ class JobQueue(Generic[TaskT]):
         """Add a task at the end."""
         self._jobs.append(Job(task=task))
 
-    def put_first(self, jobs: Sequence[Job[TaskT]]) -> None:
-        """Put jobs back before all others, in the order given."""
-        self._jobs.extendleft(reversed(jobs))
+    def put_first(self, jobs: Iterable[Job[TaskT]]) -> None:
+        """Put jobs back before all others, in the order given; not those that need no worker."""
+        self._jobs.extendleft(reversed([job for job in jobs if job.needs_worker]))
 
     def hand_out(self, seats: Sequence[Seat[TaskT]]) -> None:
         """Give jobs to ``seats``, to the least loaded workers first."""
         now = time.monotonic()
         ready = [seat for seat in seats if seat.takes_jobs(now)]
         everyone = {seat.name for seat in seats if seat.ready}
+        if self.outage.is_on:
+            self._try_one(ready, everyone, now)
+            return
         for n_before in range(1 + self._prefetch):
             for seat in ready:
                 # Near the end nothing waits behind a running task: another may be free sooner.
@@ -43,10 +51,17 @@ class JobQueue(Generic[TaskT]):
                 if len(seat.jobs) == n_before:
                     self._give(seat, everyone)
 
-    def _give(self, seat: Seat[TaskT], everyone: set[str]) -> None:
-        """Give ``seat`` the first job that it may run, if any."""
+    def _try_one(self, ready: Sequence[Seat[TaskT]], everyone: set[str], now: float) -> None:
+        if self.outage.may_try(now) and any(
+            self._give(seat, everyone) for seat in ready if not seat.jobs
+        ):
+            self.outage.tries(now)
+
+    def _give(self, seat: Seat[TaskT], everyone: set[str]) -> bool:
+        """Give ``seat`` the first job that it may run; whether there was one."""
         for job in self._jobs:
             if seat.name not in job.avoid or everyone <= job.avoid:
                 self._jobs.remove(job)
                 seat.give(job)
-                return
+                return True
+        return False

@@ -3,11 +3,12 @@
 The driver hands out tasks, waits for the first answer and decides what to do about a failure
 with `actors.retry`; Ray itself restarts and retries nothing. A task can therefore run more than
 once, but is reported exactly once, as `Completed` or as `Failed`: what it writes has to be
-idempotent.
+idempotent. With ``duplicate`` it may even run twice at the same time.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -15,11 +16,12 @@ from types import TracebackType
 from typing import Any, Generic
 
 import ray
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError, RayTaskError
 
-from actors.crew import FETCH_TIMEOUT_S, Crew
+from actors.answers import Answers
+from actors.crew import Crew
 from actors.events import (
     Completed,
+    Duplicated,
     Event,
     Failed,
     ResultT,
@@ -29,17 +31,20 @@ from actors.events import (
     WorkerJoined,
     WorkerLost,
 )
-from actors.failures import all_lost, gave_up, last_line
+from actors.failures import all_lost
 from actors.job_queue import JobQueue
-from actors.retry import GiveUp, Incident, Requeue, RetryPolicy
-from actors.seat import Job, Seat
+from actors.nodes import NodeFigures, NodeLedger
+from actors.retry import RetryPolicy
+from actors.seat import Seat
 from actors.session import ClusterSpec, check_resources
-from qdist.errors import QdistError
+from actors.stragglers import StragglerPolicy
 
 __all__ = [
     "Completed",
+    "Duplicated",
     "Event",
     "Failed",
+    "NodeFigures",
     "Retried",
     "Worker",
     "WorkerJoined",
@@ -56,6 +61,13 @@ class WorkerPool(Generic[TaskT, ResultT]):
     to ``prefetch`` more wait at it, as long as the queue is longer than the pool is wide; use 0
     for long tasks. A task that was merely waiting at a worker that died goes back into the queue
     without an attempt counted and without an event.
+
+    ``duplicate``: when the queue is empty, an idle worker also runs a task that is late at another
+    by `actors.stragglers` (True: by its defaults), once per task; the first answer is reported and
+    the other dropped, so use it only where two workers may do the same task at once.
+
+    While a store cannot be reached (`actors.retry.TRANSIENT_CODES`), tasks wait for it, each for
+    up to ``spec.store_patience_s``; then the error is reported as it is.
 
         with WorkerPool(spec, partial(MyWorker, model), name="calibration") as pool:
             for shard in shards:
@@ -76,16 +88,35 @@ class WorkerPool(Generic[TaskT, ResultT]):
         name: str,
         prefetch: int = 1,
         policy: RetryPolicy | None = None,
+        duplicate: bool | StragglerPolicy = False,
     ) -> None:
         if prefetch < 0:
             raise ValueError(f"prefetch: got {prefetch}, expected 0 or more")
         self._spec = spec
         self._make_worker = make_worker
         self._name = name
-        self._policy = policy or RetryPolicy(max_attempts=spec.max_attempts)
+        self._policy = policy or RetryPolicy(
+            max_attempts=spec.max_attempts, patience_s=spec.store_patience_s
+        )
+        self._stragglers = StragglerPolicy() if duplicate is True else duplicate or None
         self._todo: JobQueue[TaskT] = JobQueue(prefetch=prefetch)
         self._events: deque[Event[TaskT, ResultT]] = deque()
-        self._crew: Crew[TaskT] = Crew(spec, name=name, queue=self._todo, events=self._events)
+        self._ledger = NodeLedger()
+        self._crew: Crew[TaskT] = Crew(
+            spec,
+            name=name,
+            policy=self._policy,
+            queue=self._todo,
+            ledger=self._ledger,
+            events=self._events,
+        )
+        self._answers: Answers[TaskT, ResultT] = Answers(
+            policy=self._policy,
+            queue=self._todo,
+            crew=self._crew,
+            ledger=self._ledger,
+            events=self._events,
+        )
         self._n_pending = 0
         self._entered = False
         self._alive_at = 0.0
@@ -113,9 +144,15 @@ class WorkerPool(Generic[TaskT, ResultT]):
     @property
     def n_idle(self) -> int:
         """How many more tasks would start at once if they were submitted now."""
+        if self._todo.outage.is_on:
+            return 0
         now = time.monotonic()
-        n_free = sum(not seat.jobs and seat.takes_jobs(now) for seat in self._crew.seats)
+        n_free = sum(seat.is_idle(now) for seat in self._crew.seats)
         return max(0, n_free - len(self._todo))
+
+    def nodes(self) -> list[NodeFigures]:
+        """What every node that ever had a worker has done so far, in the order of joining."""
+        return self._ledger.figures(seat.node_id for seat in self._crew.seats if seat.ready)
 
     def submit(self, task: TaskT) -> None:
         """Add ``task`` to the end of the queue. Raises `RuntimeError` outside of the block."""
@@ -129,7 +166,8 @@ class WorkerPool(Generic[TaskT, ResultT]):
         """The next event, or None if there is none within ``timeout_s`` seconds.
 
         Returns None at once when nothing is pending. Raises QD804 when no worker is left and
-        none could be replaced within ``ready_timeout_s``.
+        none could be replaced within ``ready_timeout_s``, or the error of a worker's setup that all
+        of them waited for in vain.
         """
         deadline = time.monotonic() + timeout_s
         while not self._events and self._n_pending:
@@ -188,13 +226,19 @@ class WorkerPool(Generic[TaskT, ResultT]):
             self._alive_at = now
         elif self._events:
             pass  # the caller first hears of what was lost
-        elif self._crew.is_retired or now - self._alive_at > self._spec.ready_timeout_s:
-            raise all_lost(
+        elif self._crew.is_retired or now - self._alive_at > self._time_to_recover_s:
+            raise self._crew.waits_for or all_lost(
                 self._name, self._spec, n_pending=self._n_pending, last_loss=self._crew.last_loss
             )
 
+    @property
+    def _time_to_recover_s(self) -> float:
+        """How long the pool may be without any worker."""
+        patience_s = self._policy.patience_s if self._crew.waits_for is not None else 0.0
+        return self._spec.ready_timeout_s + patience_s
+
     def _advance(self, timeout_s: float) -> None:
-        """One round: replace, hand out, wait for one answer, take it, stop what overruns."""
+        """One round: replace, hand out, wait for one answer, take it, see to what takes long."""
         now = time.monotonic()
         self._crew.fill(now)
         self._todo.hand_out(self._crew.seats)
@@ -210,9 +254,10 @@ class WorkerPool(Generic[TaskT, ResultT]):
             if ref == seat.start_ref:
                 self._crew.started(seat, at_work=self._entered)
             else:
-                self._answered(seat, ref)
+                self._answers.take(seat, ref)
         self._stop_overrunning()
         self._todo.hand_out(self._crew.seats)
+        self._duplicate_late()
 
     def _next_alarm_s(self, now: float) -> float:
         """Seconds until something is due even if no worker answers."""
@@ -222,92 +267,51 @@ class WorkerPool(Generic[TaskT, ResultT]):
                 alarms.append(seat.head_since + self._spec.task_timeout_s)
             if seat.resting_until > now:
                 alarms.append(seat.resting_until)
+        if self._todo.outage.is_on and len(self._todo):
+            alarms.append(self._todo.outage.retry_at)
         return max(min(alarms) - now, 0.0)
-
-    # Answers
-
-    def _answered(self, seat: Seat[TaskT], ref: Any) -> None:
-        """Take the answer to the task behind ``ref``."""
-        try:
-            answer = ray.get(ref, timeout=FETCH_TIMEOUT_S)
-        except RayTaskError as error:
-            reason = f"{last_line(error)} in {seat.where}"
-            self._went_wrong(seat.take(ref), seat, Incident.TASK_RAISED, reason)
-        except ActorUnavailableError as error:
-            job = seat.take(ref)
-            self._went_wrong(job, seat, Incident.WORKER_UNAVAILABLE, last_line(error))
-        except (RayError, GetTimeoutError) as error:
-            self._died(seat, last_line(error))
-        else:
-            self._finished(seat.take(ref), seat, answer)
-
-    def _finished(self, job: Job[TaskT], seat: Seat[TaskT], answer: Any) -> None:
-        seat.n_unavailable = 0
-        if isinstance(answer, QdistError):
-            self._events.append(Failed(task=job.task, error=answer))
-            return
-        result, seconds = answer
-        self._events.append(
-            Completed(task=job.task, result=result, worker=seat.name, seconds=seconds)
-        )
-
-    def _died(self, seat: Seat[TaskT], reason: str) -> None:
-        """The actor is dead: save the answers it gave before, then blame the first task left."""
-        saved, _ = ray.wait(list(seat.jobs), num_returns=len(seat.jobs), timeout=1.0)
-        for ref in saved:
-            try:
-                answer = ray.get(ref, timeout=FETCH_TIMEOUT_S)
-            except (RayError, GetTimeoutError):
-                continue
-            self._finished(seat.take(ref), seat, answer)
-        # After a time out of reach it was most likely dead before it got the task.
-        was_away = seat.n_unavailable > 0
-        self._blame_head(
-            seat, Incident.WORKER_UNAVAILABLE if was_away else Incident.WORKER_DIED, reason
-        )
-
-    def _blame_head(self, seat: Seat[TaskT], incident: Incident, reason: str) -> None:
-        """Lose the actor over the task that it was running."""
-        culprit = seat.take_head()
-        where = seat.where
-        self._crew.lose(
-            seat, reason
-        )  # reported first: after a `Failed` the caller may stop listening
-        if culprit is not None:
-            self._went_wrong(culprit, seat, incident, f"{incident.value} ({reason}): {where}")
 
     def _stop_overrunning(self) -> None:
         now = time.monotonic()
         for seat in self._crew.seats:
-            if seat.jobs and now - seat.head_since >= self._spec.task_timeout_s:
-                if ray.wait([next(iter(seat.jobs))], timeout=0)[0]:
-                    continue  # it is done; only the driver was away
-                limit = f"longer than {self._spec.task_timeout_s:g} s"
-                self._blame_head(seat, Incident.TASK_TIMED_OUT, limit)
+            # What is done is not late; only the driver was away.
+            if self._has_run(seat, self._spec.task_timeout_s, now) and not _is_done(seat.head):
+                self._answers.overran(seat, f"longer than {self._spec.task_timeout_s:g} s")
 
-    def _went_wrong(
-        self, job: Job[TaskT], seat: Seat[TaskT], incident: Incident, reason: str
-    ) -> None:
-        """Ask the policy about ``job`` and do what it says."""
-        is_resting = seat.resting_until > time.monotonic()
-        if incident is Incident.WORKER_UNAVAILABLE and not is_resting:
-            seat.n_unavailable += 1  # once, however many tasks were at the worker
-        decision = self._policy.decide(
-            incident,
-            attempt=job.attempt,
-            n_requeues=job.n_requeues,
-            n_unavailable=seat.n_unavailable,
-        )
-        if isinstance(decision, GiveUp):
-            self._events.append(Failed(task=job.task, error=gave_up(job.task, decision, reason)))
+    def _duplicate_late(self) -> None:
+        """Let idle workers run what is late, if there is nothing else to do."""
+        if self._stragglers is None or len(self._todo) or self._todo.outage.is_on:
             return
-        if isinstance(decision, Requeue):
-            job.n_requeues += 1
-            if seat.ready and not is_resting:
-                seat.resting_until = time.monotonic() + decision.quarantine_s
-        else:
-            job.attempt = decision.attempt
-            if seat.ready:
-                job.avoid.add(seat.name)
-        self._todo.put_first([job])
-        self._events.append(Retried(task=job.task, reason=reason, attempt=job.attempt))
+        now = time.monotonic()
+        idle = [seat for seat in self._crew.seats if seat.is_idle(now)]
+        limit_s = self._stragglers.limit_s(self._answers.recent_s) if idle else None
+        if limit_s is None:
+            return
+        for seat in self._crew.seats:
+            if self._has_run(seat, limit_s, now) and not _is_done(seat.head):
+                self._duplicate(seat, idle, now)
+
+    def _duplicate(self, late: Seat[TaskT], idle: list[Seat[TaskT]], now: float) -> None:
+        """Give what ``late`` runs, and what waits behind, to workers taken off ``idle`` as well."""
+        for job in [job for job in late.jobs.values() if not (job.settled or job.duplicated)]:
+            if not idle:
+                return
+            # If it is the node that is slow, another worker there is no help.
+            other = min(idle, key=lambda seat: (seat.node_id == late.node_id, seat.index))
+            idle.remove(other)
+            job.duplicated = True
+            other.give(job)
+            median_s = statistics.median(self._answers.recent_s)
+            reason = (
+                f"{late.where} has been busy for {now - late.head_since:.1f} s, "
+                f"where half of all tasks took {median_s:.1f} s or less"
+            )
+            self._events.append(Duplicated(task=job.task, worker=other.name, reason=reason))
+
+    @staticmethod
+    def _has_run(seat: Seat[TaskT], limit_s: float, now: float) -> bool:
+        return bool(seat.jobs) and now - seat.head_since >= limit_s
+
+
+def _is_done(ref: Any) -> bool:
+    return bool(ray.wait([ref], timeout=0)[0])

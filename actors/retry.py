@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TypeAlias
 
+TRANSIENT_CODES = frozenset({"QD408"})
+"""Codes of errors that may pass without anyone doing anything: the store cannot be reached."""
+
 
 class Incident(Enum):
     """What happened to a task that was given to a worker."""
@@ -42,7 +45,20 @@ class GiveUp:
     n_attempts: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Postpone:
+    """Run the task again in ``pause_s`` seconds, on any worker, without counting an attempt."""
+
+    pause_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Final:
+    """The error is the answer to the task."""
+
+
 Decision: TypeAlias = RetryElsewhere | Requeue | GiveUp
+ErrorDecision: TypeAlias = Postpone | Final
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +69,10 @@ class RetryPolicy:
     that do not count (>= 0), so that a task that takes its node down ends as well. An unreachable
     worker rests for ``backoff_s``, doubled each time in a row up to ``max_backoff_s``.
 
+    A `QdistError` is final, since bad input stays bad, unless its code is one of
+    ``transient_codes``: then the task is postponed, by the same back-off, for ``patience_s``
+    seconds in all (>= 0).
+
     Raises `ValueError` on limits out of range.
     """
 
@@ -60,6 +80,8 @@ class RetryPolicy:
     max_requeues: int = 8
     backoff_s: float = 2.0
     max_backoff_s: float = 30.0
+    transient_codes: frozenset[str] = TRANSIENT_CODES
+    patience_s: float = 120.0
 
     def __post_init__(self) -> None:
         if self.max_attempts < 1:
@@ -71,6 +93,8 @@ class RetryPolicy:
                 f"backoff_s: got {self.backoff_s}, "
                 f"expected more than 0 and at most max_backoff_s={self.max_backoff_s}"
             )
+        if not self.patience_s >= 0:
+            raise ValueError(f"patience_s: got {self.patience_s}, expected 0 or more")
 
     def decide(
         self, incident: Incident, *, attempt: int, n_requeues: int = 0, n_unavailable: int = 1
@@ -88,6 +112,18 @@ class RetryPolicy:
         if attempt < self.max_attempts:
             return RetryElsewhere(attempt=attempt + 1)
         return GiveUp(n_attempts=attempt)
+
+    def decide_error(self, code: str, *, waited_s: float, n_in_a_row: int) -> ErrorDecision:
+        """Decide about a task that was answered with the `QdistError` of ``code``.
+
+        ``waited_s``: seconds since this task first met a transient error, 0 if this is the first;
+        ``n_in_a_row``: how many times in a row it was met in this pool, this one included.
+        """
+        left_s = self.patience_s - waited_s
+        if code not in self.transient_codes or left_s <= 0:
+            return Final()
+        # The last try comes when the patience ends, not a whole pause before it.
+        return Postpone(pause_s=min(self.rest_s(n_in_a_row), left_s))
 
     def rest_s(self, n_in_a_row: int) -> float:
         """Seconds of rest after ``n_in_a_row`` failures of one worker in a row (>= 1)."""

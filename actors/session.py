@@ -26,6 +26,7 @@ from qdist.errors import ClusterError
 
 _PROBE_TIMEOUT_S = 5.0
 _CLIENT_PORT = 10001
+_CGROUP_CPU = Path("/sys/fs/cgroup/cpu.max")
 _THREAD_LIMITS = (
     "OMP_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
@@ -41,10 +42,12 @@ class ClusterSpec:
     ``address`` is None for a Ray of our own on this machine, else ``auto``, ``HOST:PORT`` or
     ``ray://HOST:PORT``. ``n_workers`` >= 1; ``cpus_per_worker`` > 0 and ``gpus_per_worker`` >= 0
     are shares of cores and devices. A worker has ``ready_timeout_s`` to start and a task
-    ``task_timeout_s`` to finish; a task gets ``max_attempts`` attempts. ``worker_env`` is added
+    ``task_timeout_s`` to finish; a task gets ``max_attempts`` attempts, and waits for up to
+    ``store_patience_s`` (>= 0) for a store that cannot be reached. ``worker_env`` is added
     to the environment of the workers and wins over what is set there by default. With
     ``ship_code`` this very code is sent to the nodes of a remote cluster; without it qdist has
-    to be installed there.
+    to be installed there. With ``pipeline`` a calibration gives each worker some of the model's
+    segments, so that none holds all of it.
 
     Raises `ValueError` on numbers out of range.
     """
@@ -57,8 +60,10 @@ class ClusterSpec:
     ready_timeout_s: float = 60
     task_timeout_s: float = 3600
     max_attempts: int = 3
+    store_patience_s: float = 120
     worker_env: Mapping[str, str] = field(default_factory=dict)
     ship_code: bool = False
+    pipeline: bool = False
 
     def __post_init__(self) -> None:
         for name in ("n_workers", "max_attempts"):
@@ -67,8 +72,9 @@ class ClusterSpec:
         for name in ("cpus_per_worker", "ready_timeout_s", "task_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected more than 0")
-        if self.gpus_per_worker < 0:
-            raise ValueError(f"gpus_per_worker: got {self.gpus_per_worker}, expected 0 or more")
+        for name in ("gpus_per_worker", "store_patience_s"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected 0 or more")
         if self.memory_bytes_per_worker is not None and self.memory_bytes_per_worker < 1:
             raise ValueError(
                 f"memory_bytes_per_worker: got {self.memory_bytes_per_worker}, expected 1 or more"
@@ -95,13 +101,15 @@ class ClusterSpec:
 class RaySession:
     """A Ray that is up. ``owned`` says whether this session shuts it down.
 
-    ``resources`` are the totals of the cluster under Ray's names (memory in bytes).
+    ``resources`` are the totals of the cluster under Ray's names (memory in bytes). ``notes`` say
+    what the user should know about them.
     """
 
     address: str
     owned: bool
     n_nodes: int
     resources: Mapping[str, float]
+    notes: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -124,6 +132,7 @@ def ray_session(spec: ClusterSpec) -> Iterator[RaySession]:
             owned=owned,
             n_nodes=len(node_resources()),
             resources=MappingProxyType(dict(ray.cluster_resources())),
+            notes=crowding_notes(spec, n_cores=machine_cores()),
         )
     finally:
         if owned:
@@ -143,6 +152,34 @@ def worker_runtime_env(spec: ClusterSpec) -> dict[str, Any]:
         if found := os.pathsep.join(path for path in paths if path):
             env["PYTHONPATH"] = found
     return {"env_vars": env}
+
+
+def machine_cores() -> int:
+    """How many cores this process may use; a container's share counts, rounded up."""
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        quota, period = _CGROUP_CPU.read_text(encoding="ascii").split()
+        share = math.ceil(int(quota) / int(period))
+    except (OSError, ValueError):  # no such file, or "max": no limit
+        share = n_cores or 1
+    return max(1, min(n_cores or 1, share))
+
+
+def crowding_notes(spec: ClusterSpec, *, n_cores: int) -> tuple[str, ...]:
+    """A note if the workers take turns on the ``n_cores`` of this machine.
+
+    A Ray of our own believes what it is told about cores, so nothing is refused.
+
+    >>> crowding_notes(ClusterSpec(address=None, n_workers=2, cpus_per_worker=1), n_cores=2)
+    ()
+    """
+    n_used = _local_cpus(spec)
+    if not spec.is_local or n_used <= n_cores:
+        return ()
+    return (
+        f"{spec.n_workers} workers with {spec.cpus_per_worker:g} CPU each share the {n_cores} "
+        "cores of this machine: more workers than cores are no faster and need more memory",
+    )
 
 
 def node_resources() -> list[dict[str, float]]:
@@ -202,6 +239,11 @@ def _code_folders() -> list[str]:
     )
 
 
+def _local_cpus(spec: ClusterSpec) -> int:
+    """The cores that the workers of ``spec`` need: each runs a thread of its own."""
+    return max(spec.n_workers, math.ceil(spec.n_workers * spec.cpus_per_worker))
+
+
 def _start_local(spec: ClusterSpec) -> None:
     """Start a Ray of our own with room for every worker. Raises QD801."""
     # Ray protects a local cluster with a token, and would save one in the user's home for later
@@ -209,11 +251,10 @@ def _start_local(spec: ClusterSpec) -> None:
     # token stays set: Ray caches it, and a second session of this process needs the same.
     if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    n_cpus = max(spec.n_workers, math.ceil(spec.n_workers * spec.cpus_per_worker))
     try:
         ray.init(
             address="local",
-            num_cpus=n_cpus,
+            num_cpus=_local_cpus(spec),
             include_dashboard=False,
             log_to_driver=False,
             logging_level="error",

@@ -208,7 +208,7 @@ def _round(
                 if on_trial is not None:
                     on_trial(lost)
             case Retried(task=task, reason=reason):
-                tell(f"trial {task.number} goes to another worker: {reason}")
+                tell(f"trial {task.number} is tried again: {reason}")
             case WorkerLost(worker=worker, reason=reason):
                 tell(f"worker {worker} is gone: {reason}")
             case _:

@@ -29,6 +29,7 @@ CODES: dict[str, str] = {
     "QD208": "unknown tensor or layer name",
     "QD209": "nothing in the model can be measured or quantized",
     "QD210": "execution provider not available",
+    "QD211": "the model does not fit the memory budget",
     # 3xx: data
     "QD301": "data file or folder not found",
     "QD302": "the calibration set is empty",
@@ -39,6 +40,8 @@ CODES: dict[str, str] = {
     "QD307": "inputs of the model and of the data set differ",
     "QD308": "labels are missing or do not fit the samples",
     "QD309": "an activation is NaN",
+    "QD310": "the user's inference function failed",
+    "QD311": "the number of samples does not fit",
     # 4xx: store and statistics
     "QD401": "the store belongs to another calibration",
     "QD402": "no finished calibration in the store",
@@ -47,6 +50,8 @@ CODES: dict[str, str] = {
     "QD405": "the store has a schema that this version does not read",
     "QD406": "the store holds no statistics for a tensor",
     "QD407": "workers of different execution fingerprints",
+    "QD408": "the store cannot be reached",
+    "QD409": "a statistics file cannot be used",
     # 5xx: thresholds and plans
     "QD501": "unknown threshold method",
     "QD502": "a threshold method got a parameter that it does not take",

@@ -23,7 +23,7 @@ from qdist.plan.choice import LayerChoice
 from qdist.plan.planner import Planner, PlanSettings
 from qdist.plan.precision import PRECISIONS
 from qdist.plan.target import ProjectedPlan, Target
-from qdist.store.zarr_store import ZarrStore
+from qdist.store.zarr_store import create_store
 
 Array = NDArray[Any]
 EXECUTION = Execution()
@@ -108,7 +108,7 @@ def planner_for(
     """A planner on a calibration of ``source`` that ran in this process."""
     graph = Graph(frozen)
     job = prepare(frozen, source, CalibrationSettings(), EXECUTION, graph=graph)
-    merged = calibrate_here(job, source, ZarrStore.create(store, job.identity, job.taps))
+    merged = calibrate_here(job, source, create_store(store, job.identity))
     return Planner(graph, merged.record, job.taps, settings)
 
 

@@ -239,7 +239,7 @@ def _mismatch(details: ErrorDetails, schema: type[CommandSettings]) -> ConfigErr
 
 def _without_tags(schema: type[BaseModel], location: Sequence[str]) -> list[str]:
     """Pydantic names the chosen member of a union in an error's path; users never wrote it."""
-    tags = {"arrays", "images", "text", "function", "metric", "command"}
+    tags = {"arrays", "images", "text", "function", "captured", "random", "metric", "command"}
     kept: list[str] = []
     for i, part in enumerate(location):
         parent = location[i - 1] if i else ""

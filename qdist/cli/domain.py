@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from qdist.calibration import CalibrationSettings
 from qdist.cli import schema
+from qdist.cli.sizes import n_bytes
 from qdist.cli.tracking import TrackingSpec
 from qdist.data.arrays import ArraySource
 from qdist.data.function import FunctionSource
@@ -26,6 +27,9 @@ from qdist.plan.precision import precision
 from qdist.plan.rules import Rule
 from qdist.plan.target import Target
 from qdist.search.greedy import GreedySettings
+from qdist.stats.spec import GroupRequest, StatisticsSpec
+from qdist.store.location import is_url
+from qdist.threshold.convergence import Convergence
 from qdist.threshold.registry import check_method
 
 if TYPE_CHECKING:  # importing Ray costs half a second that --help should not pay
@@ -67,7 +71,19 @@ def source(config: schema.SourceConfig) -> DataSource:
 
 def evaluation_source(config: schema.DataConfig) -> DataSource:
     """The evaluation set; the calibration set where the user gave no other."""
-    return source(config.evaluation or config.calibration)
+    if config.evaluation is not None:
+        return source(config.evaluation)
+    calibration = config.calibration
+    if isinstance(calibration, schema.CapturedSamples | schema.RandomSamples):
+        raise ConfigError(
+            "QD105",
+            where="data.evaluation",
+            got="no evaluation set",
+            expected=f"one beside {calibration.kind} calibration samples",
+            mend="add data.evaluation, as in 'data.evaluation={kind: arrays, path: FILE, ...}', or "
+            "score with evaluation=command or evaluation=function",
+        )
+    return source(calibration)
 
 
 def preprocess(config: schema.PreprocessConfig) -> Preprocess:
@@ -83,13 +99,43 @@ def preprocess(config: schema.PreprocessConfig) -> Preprocess:
 
 
 def calibration(config: schema.CalibrationConfig) -> CalibrationSettings:
-    """How activations are measured."""
+    """How activations are measured. Raises QD104."""
+    budget = config.memory_budget
     return CalibrationSettings(
         micro_batch=config.micro_batch,
         shard_samples=config.shard_samples,
-        taps=config.taps,
+        taps=config.taps if isinstance(config.taps, str) else tuple(config.taps),
         on_nan=config.on_nan,
+        statistics=StatisticsSpec(groups=tuple(_groups(entry) for entry in config.groups)),
+        memory_budget_bytes=None
+        if budget is None
+        else n_bytes("calibration.memory_budget", budget),
+        n_blocks=config.blocks,
+        sequence_axes={name: tuple(axes) for name, axes in config.sequence_axes.items()},
     )
+
+
+def early_stop(config: schema.EarlyStopConfig) -> Convergence:
+    """When enough samples are measured. Raises QD104, QD501."""
+    return Convergence(
+        tolerance=config.tolerance,
+        patience=config.patience,
+        method=config.method,
+        exempt=config.exempt,
+    )
+
+
+def _groups(config: schema.GroupsConfig) -> GroupRequest:
+    try:
+        return GroupRequest(**config.model_dump())
+    except ValueError as error:
+        raise ConfigError(
+            "QD104",
+            where=f"calibration.groups, {config.match}",
+            got=str(config.model_dump(exclude_none=True)),
+            expected=str(error),
+            mend="write {match: PATTERN, axis: 1, group_size: 1}",
+        ) from error
 
 
 def default_choice(config: schema.QuantizationConfig) -> LayerChoice:
@@ -196,7 +242,9 @@ def cluster(config: schema.ClusterConfig) -> ClusterSpec:
         ready_timeout_s=config.ready_timeout_s,
         task_timeout_s=config.task_timeout_s,
         max_attempts=config.max_attempts,
+        store_patience_s=config.store_patience_s,
         ship_code=config.ship_code,
+        pipeline=config.pipeline,
     )
 
 
@@ -227,6 +275,11 @@ def greedy(config: schema.SearchConfig) -> GreedySettings:
     )
 
 
+def location(path: str) -> str:
+    """Where a store is: a URL, or a user's path made absolute."""
+    return path if is_url(path) else str(absolute(path))
+
+
 def absolute(path: str) -> Path:
     """A user's path, made absolute: workers have other working folders."""
     return Path(path).expanduser().absolute()
@@ -235,7 +288,7 @@ def absolute(path: str) -> Path:
 def _images(config: schema.ImagesConfig) -> ImageSource:
     resize = config.resize
     if isinstance(resize, list):
-        resize_to: int | tuple[int, int] | None = _pair("resize", resize)
+        resize_to: int | tuple[int, int] | None = pair("resize", resize, "[height, width]")
     else:
         resize_to = resize
     letterbox = None
@@ -259,9 +312,10 @@ def _images(config: schema.ImagesConfig) -> ImageSource:
     )
 
 
-def _pair(name: str, values: list[int]) -> tuple[int, int]:
+def pair(name: str, values: list[int], expected: str) -> tuple[int, int]:
+    """Two numbers. Raises QD104 for more or fewer."""
     if len(values) != 2:
-        raise _wrong_length(name, values, "[height, width]")
+        raise _wrong_length(name, values, expected)
     return values[0], values[1]
 
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
-
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from qdist.cli.groups import choices
+from qdist.cli.keys import keys_of
 from qdist.cli.schema import COMMANDS, CommandSettings
 
 EXAMPLES = {
@@ -21,10 +18,16 @@ EXAMPLES = {
     "tune": "qdist tune model=digits_vit data=digits evaluation=accuracy search.max_trials=12",
     "emit": "qdist emit model=digits_vit artifact=vit_int8.onnx",
     "show": "qdist show qdist-runs/digits_vit/plan.json",
+    "store": "qdist store export qdist-runs/digits_vit/calibration.zarr digits_vit.qdist.zip",
 }
+PLAIN = {
+    "show": "Print what is in a store, a plan, an artifact or a model, as a table.",
+    "store": "Export, import and tidy up calibration stores.",
+}
+"""Commands without a configuration."""
 SUMMARIES = {
     **{name: (inspect.getdoc(schema) or "").splitlines()[0] for name, schema in COMMANDS.items()},
-    "show": "Print what is in a store, a plan, an artifact or a model, as a table.",
+    **PLAIN,
 }
 
 
@@ -51,6 +54,8 @@ def command_help(command: str, extra: Path | None = None) -> str:
     """``qdist COMMAND --help``; ``extra``: the folder given as --config-dir."""
     if command == "show":
         return _show_help()
+    if command == "store":
+        return _store_help()
     schema = COMMANDS[command]
     lines = [
         f"usage: qdist {command} [group=choice] [group.key=value] ...",
@@ -63,8 +68,8 @@ def command_help(command: str, extra: Path | None = None) -> str:
         "configuration groups and their choices:",
         *_groups(schema, extra),
         "",
-        "keys (group.key=value):",
-        *_keys(schema),
+        "keys (group.key=value) and their defaults; other choices of a group have others:",
+        *_keys(command, schema),
         "",
         "Hydra's own options:",
         "  --cfg job --resolve    print the configuration that these words give, and stop",
@@ -82,31 +87,13 @@ def _groups(schema: type[CommandSettings], extra: Path | None) -> Iterator[str]:
             yield f"  {name}: {', '.join(known)}"
 
 
-def _keys(schema: type[CommandSettings]) -> Iterator[str]:
-    for name, field in schema.model_fields.items():
-        members = _members(field)
-        if not members:
-            yield f"  {name:<34} {field.description or ''}"
-        for member in members:
-            for key, inner in member.model_fields.items():
-                if key == "kind":
-                    continue
-                label = f"{name}.{key}"
-                if len(members) > 1:
-                    label += f" ({get_args(member.model_fields['kind'].annotation)[0]})"
-                yield f"  {label:<34} {inner.description or ''}".rstrip()
-
-
-def _members(field: FieldInfo) -> list[type[BaseModel]]:
-    found: list[type[BaseModel]] = []
-    pending = [field.annotation]
-    while pending:
-        part = pending.pop(0)
-        if isinstance(part, type) and issubclass(part, BaseModel):
-            found.append(part)
-        else:
-            pending.extend(get_args(part))
-    return found
+def _keys(command: str, schema: type[CommandSettings]) -> Iterator[str]:
+    for key in keys_of(command, schema):
+        label = key.name + (f" ({', '.join(key.kinds)})" if key.kinds else "")
+        default = f"(default: {key.default})" if key.default else ""
+        if key.default is None:
+            default = "(required)"
+        yield f"  {label:<34} {' '.join(filter(None, (key.description, default)))}".rstrip()
 
 
 def _show_help() -> str:
@@ -127,5 +114,29 @@ def _show_help() -> str:
             "  --rows N   print at most N rows of a table (default 40; 0: all)",
             "",
             "configuration groups: none; show reads files alone.",
+        ]
+    )
+
+
+def _store_help() -> str:
+    return "\n".join(
+        [
+            "usage: qdist store export STORE FILE",
+            "       qdist store import FILE STORE",
+            "       qdist store sweep STORE",
+            "",
+            SUMMARIES["store"],
+            "",
+            "export   write the latest finished calibration to one file",
+            "import   put such a file into a store, made where there is none; refused for the",
+            "         store of another model. Calibrating goes on from it",
+            "sweep    remove what killed processes left behind, and superseded merges",
+            "",
+            "STORE    a folder, or an s3://, gs:// or az:// URL",
+            "",
+            "example:",
+            f"  {EXAMPLES['store']}",
+            "",
+            "configuration groups: none.",
         ]
     )

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(words: list[str]) -> int:
-    from qdist.cli.help import SUMMARIES, command_help, overview
+    from qdist.cli.help import PLAIN, SUMMARIES, command_help, overview
 
     if not words or words[0] in ("-h", "--help", "help"):
         print(overview())
@@ -71,10 +71,8 @@ def _dispatch(words: list[str]) -> int:
     if any(word in ("-h", "--help") for word in rest):
         print(command_help(command, _extra_folder(rest)))
         return 0
-    if command == "show":
-        from qdist.cli.commands.show import run
-
-        run(rest, Console())
+    if command in PLAIN:
+        importlib.import_module(f"qdist.cli.commands.{command}").run(rest, Console())
         return 0
     _run_hydra(command, rest)
     return 0

@@ -98,13 +98,110 @@ SourceConfig = Annotated[
 ]
 
 
+class SampleOptions(Group):
+    """Which samples of a set are measured, and how they are run."""
+
+    exclude: list[str] = Field([], description="keys or patterns of samples to leave out")
+    listed: str | None = Field(None, description="a file with one key a line: only those samples")
+    mask_input: str | None = Field(
+        None, description="the input that is zero where a position is padding"
+    )
+    sequence_axes: dict[str, list[int]] = Field(
+        {}, description="sequence axes of inputs, from the end, where the model does not name them"
+    )
+    length_buckets: list[int] = Field(
+        [], description="pad samples to the next of these lengths, so that several run together"
+    )
+    pad_values: dict[str, float] = Field({}, description="what each input is padded with")
+    pad_side: Literal["left", "right"] = "right"
+    decode_steps: int | None = Field(
+        4,
+        ge=0,
+        description="tokens decoded one at a time by a model with a cache; null: the samples "
+        "bring their own pasts",
+    )
+    token_input: str = Field("input_ids", description="a decoder's token ids")
+    position_input: str = Field("position_ids", description="a decoder's positions")
+
+
+class ArraySamples(ArraysConfig, SampleOptions):
+    """Arrays in .npz or .npy files."""
+
+
+class ImageSamples(ImagesConfig, SampleOptions):
+    """Image files in a folder."""
+
+
+class TextSamples(TextConfig, SampleOptions):
+    """Chunks of a tokenized text."""
+
+
+class FunctionSamples(FunctionDataConfig, SampleOptions):
+    """Samples from the user's own function."""
+
+
+class CapturedSamples(SampleOptions):
+    """What the user's own inference function feeds the model."""
+
+    kind: Literal["captured"]
+    target: str = Field(description="module:function or FILE.py:function, called with an executor")
+    arguments: dict[str, Any] = {}
+    batch_size: int = Field(1, ge=1, description="executor.batch_size")
+    iteration: int | None = Field(None, ge=1, description="executor.iteration")
+    dataset: str | None = Field(None, description="executor.dataset")
+
+
+class RandomSamples(SampleOptions):
+    """Random numbers, to try a model without data."""
+
+    kind: Literal["random"]
+    n_samples: int = Field(32, ge=1, description="how many random samples")
+    distribution: Literal["uniform", "normal"] = Field(
+        "uniform", description="of float inputs: uniform in [0, 1), or normal"
+    )
+    ranges: dict[str, list[int]] = Field({}, description="{INPUT: [LOW, HIGH]} of integer inputs")
+    sizes: dict[str, int] = Field({}, description="{DIMENSION: SIZE} of named dimensions")
+    seed: int = 0
+
+
+SamplesConfig = Annotated[
+    ArraySamples | ImageSamples | TextSamples | FunctionSamples | CapturedSamples | RandomSamples,
+    Field(discriminator="kind"),
+]
+
+
 class DataConfig(Group):
     """The calibration set and the evaluation set."""
 
     path: str | None = Field(None, description="what the group's two sets are read from")
     tokenizer: str | None = Field(None, description="the tokenizer's file (text)")
-    calibration: SourceConfig = Field(description="where calibration samples come from")
+    calibration: SamplesConfig = Field(description="where calibration samples come from")
     evaluation: SourceConfig | None = Field(None, description="where evaluation samples come from")
+    max_samples: int | None = Field(None, ge=1, description="calibrate with the first N at most")
+    select_num: int | None = Field(
+        None, ge=1, description="calibrate with N representative samples (Icraft's autoqset)"
+    )
+
+
+class GroupsConfig(Group):
+    """Histograms per channel or group of channels, for the tensors whose names match."""
+
+    match: str = Field(min_length=1)
+    axis: int
+    group_size: int | None = Field(None, ge=1)
+    group_count: int | None = Field(None, ge=1)
+    mantissa_bits: int = Field(3, ge=0, le=7)
+
+
+class EarlyStopConfig(Group):
+    """When enough samples are measured; decided on complete prefixes of the samples."""
+
+    tolerance: float = Field(
+        0.02, gt=0, description="largest relative change of a threshold that counts as none"
+    )
+    patience: int = Field(2, ge=1, description="checks in a row without change")
+    exempt: float = Field(0.0, ge=0, lt=1, description="share of the tensors that may still move")
+    method: str = Field("mse", description="threshold method: max, percentile, mse, kl")
 
 
 class CalibrationConfig(Group):
@@ -114,16 +211,42 @@ class CalibrationConfig(Group):
     shard_samples: int | None = Field(
         None, ge=1, description="samples per shard, the unit of work; null: by their number"
     )
-    taps: Literal["all", "compute"] = Field(
-        "all", description="all activations, or those that matmul- and conv-like layers read"
+    taps: str | list[str] = Field(
+        "all",
+        description="all activations, compute (what matmul- and conv-like layers read), "
+        "or [NAME|PATTERN|LAYER, ...]",
     )
     on_nan: Literal["error", "report"] = Field("error", description="what a NaN activation does")
+    memory_budget: int | str | None = Field(
+        None,
+        description="what a worker may hold, 2GB or bytes; a larger model runs in segments",
+    )
+    groups: list[GroupsConfig] = Field(
+        [],
+        description="histograms per channel or group too, "
+        "[{match: PATTERN, axis: 1, group_size: 1}, ...]",
+    )
+    blocks: int = Field(
+        1,
+        ge=1,
+        description="equal blocks of samples kept apart, for quantization.average_blocks "
+        "(Icraft's batch)",
+    )
+    sequence_axes: dict[str, list[int]] = Field(
+        {}, description="{TENSOR: [AXIS, ...]}: where padding lies, if shapes do not tell"
+    )
+    early_stop: EarlyStopConfig | None = Field(
+        None, description="stop when thresholds no longer move, {tolerance: 0.01}; null: never"
+    )
 
 
 class StoreConfig(Group):
     """Where statistics are kept."""
 
-    path: str = Field(min_length=1, description="a folder; one store holds one calibration")
+    path: str = Field(
+        min_length=1,
+        description="a folder or s3://, gs://, az:// URL; one store holds one calibration",
+    )
 
 
 class RuleConfig(Group):
@@ -151,6 +274,9 @@ class QuantizationConfig(Group):
         "auto", description="range of weights; auto is mse for 4 bits, else max"
     )
     symmetric: bool = Field(False, description="activations with zero point 0")
+    average_blocks: bool = Field(
+        False, description="ranges are means over calibration.blocks (Icraft's batch)"
+    )
     scope: Literal["all", "compute"] = Field(
         "all", description="every layer that chips compute in integers, or matmul- and conv-like"
     )
@@ -251,7 +377,14 @@ class ClusterConfig(Group):
     ready_timeout_s: float = Field(120, gt=0, description="to start")
     task_timeout_s: float = Field(3600, gt=0, description="for one shard or one trial")
     max_attempts: int = Field(3, ge=1, description="per shard or trial")
+    store_patience_s: float = Field(
+        120, ge=0, description="to wait for a store that cannot be reached"
+    )
     ship_code: bool = Field(False, description="send this checkout's code to the nodes")
+    pipeline: bool = Field(
+        False,
+        description="give each worker some of the model's segments, so that none holds all of it",
+    )
 
 
 class TrackingConfig(Group):
@@ -362,12 +495,15 @@ COMMANDS: dict[str, type[CommandSettings]] = {
 
 IDENTITY_KEYS = frozenset(
     {"model.path", "model.provider", "model.threads", "data.calibration"}
-    | {"calibration.micro_batch", "calibration.taps"}
+    | {"calibration.micro_batch", "calibration.groups", "calibration.sequence_axes"}
 )
 """Keys of `CalibrateSettings` that can change a count, so that they are part of the identity."""
 NOT_IDENTITY_KEYS = frozenset(
     {"model.name", "data.path", "data.tokenizer", "data.evaluation"}
-    | {"calibration.shard_samples", "calibration.on_nan"}
+    | {"data.max_samples", "data.select_num"}
+    # Taps are answered for one by one, and what is left out or chosen changes no sample's result.
+    | {"calibration.taps", "calibration.shard_samples", "calibration.on_nan"}
+    | {"calibration.memory_budget", "calibration.blocks", "calibration.early_stop"}
     | {"store.path", "output.root", "output.folder"}
     | {f"cluster.{name}" for name in ClusterConfig.model_fields}
     | {f"tracking.{name}" for name in TrackingConfig.model_fields}

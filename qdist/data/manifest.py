@@ -37,7 +37,9 @@ class SampleManifest:
     ``generations``    generation 0 is the first source's order; each later one holds the samples
                        that were new when the set was extended, in the source's order.
     ``duplicates``     keys, as of the last source seen, whose content another key already gave.
-    ``absent``         ids of samples that the last source seen no longer has.
+    ``absent``         ids of samples that the last source seen no longer has, in manifest order.
+                       They keep their places, so that one that comes back is used again there;
+                       `present` is what is in use, and `digest` tells the two apart.
 
     Laws: an id depends on that sample's content and the preprocessing alone, so adding, renaming
     or reordering files changes no existing id; `extend` changes no id, shape or position of an
@@ -59,6 +61,16 @@ class SampleManifest:
                 got=f"{len(ids)} samples, {twice} of them repeated, in generations of "
                 f"{[len(generation) for generation in self.generations]}",
                 expected="every sample once, and no empty generation",
+                mend="calibrate again into a new store",
+            )
+        unknown = set(self.absent) - set(ids)
+        if unknown or len(self.absent) == len(ids):
+            raise StoreError(
+                "QD403",
+                where="sample manifest",
+                got=f"{len(self.absent)} samples of {len(ids)} named absent, "
+                f"{len(unknown)} of them unknown",
+                expected="absent samples that the manifest has, and one that is present",
                 mend="calibrate again into a new store",
             )
 
@@ -118,8 +130,14 @@ class SampleManifest:
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """Ids of all samples in order."""
+        """Ids of all samples in order, absent ones included."""
         return tuple(entry.id for entry in self)
+
+    @property
+    def present(self) -> tuple[SampleEntry, ...]:
+        """The samples in use: all but the absent ones, in order."""
+        absent = set(self.absent)
+        return tuple(entry for entry in self if entry.id not in absent)
 
     @property
     def preprocessing_digest(self) -> str:
@@ -128,10 +146,14 @@ class SampleManifest:
 
     @property
     def digest(self) -> str:
-        """Over ids, shapes and generations; where samples lie and duplicates are no part of it."""
-        return digest_json(
-            [[[entry.id, entry.shapes] for entry in generation] for generation in self.generations]
-        )
+        """Over ids, shapes, generations and which samples are absent.
+
+        Where samples lie and duplicates are no part of it.
+        """
+        generations = [
+            [[entry.id, entry.shapes] for entry in generation] for generation in self.generations
+        ]
+        return digest_json({"generations": generations, "absent": sorted(self.absent)})
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value that `from_json` reads."""

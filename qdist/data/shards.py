@@ -1,4 +1,4 @@
-"""Micro-batches on the grid that the manifest fixes, and shards of whole micro-batches."""
+"""Micro-batches on the grid that the manifest fixes; shards of whole micro-batches; blocks."""
 
 from __future__ import annotations
 
@@ -68,26 +68,27 @@ class Shard:
         return sum(len(batch) for batch in self.batches)
 
 
-def micro_batches(manifest: SampleManifest, size: int) -> tuple[MicroBatch, ...]:
-    """The grid: up to ``size`` consecutive samples of equal shapes within one generation.
+def micro_batches(
+    manifest: SampleManifest, size: int, *, bucketed: bool = False
+) -> tuple[MicroBatch, ...]:
+    """The grid: up to ``size`` samples of equal shapes within one generation.
 
-    It depends on the manifest and ``size`` alone, and what a later generation adds comes after.
-    Raises QD104 for a size below 1.
+    Consecutive samples, or with ``bucketed`` all of a generation that have the same shapes, in
+    manifest order; shapes go by their first sample. Absent samples hold their places while the
+    grid is laid and are then left out, so only the micro-batches that held them change.
+
+    It depends on the manifest and the settings alone, and what a later generation adds comes
+    after. Raises QD104 for a size below 1.
     """
     _check_positive("micro-batch size", size)
+    absent = set(manifest.absent)
     batches: list[MicroBatch] = []
     for generation, entries in enumerate(manifest.generations):
-        for run in _runs(entries):
+        for run in _buckets(entries) if bucketed else _runs(entries):
             for start in range(0, len(run), size):
-                part = run[start : start + size]
-                batches.append(
-                    MicroBatch(
-                        ids=tuple(entry.id for entry in part),
-                        keys=tuple(entry.key for entry in part),
-                        shapes=part[0].shapes,
-                        generation=generation,
-                    )
-                )
+                part = [entry for entry in run[start : start + size] if entry.id not in absent]
+                if part:
+                    batches.append(_micro_batch(part, generation))
     return tuple(batches)
 
 
@@ -129,6 +130,59 @@ def stack(samples: Sequence[Feeds]) -> Feeds:
             if array.dtype != first[name].dtype:
                 raise _unlike("QD304", where, str(array.dtype), str(first[name].dtype))
     return {name: np.stack([sample[name] for sample in samples]) for name in first}
+
+
+def equal_blocks(samples: SampleManifest | int, n_blocks: int) -> tuple[range, ...]:
+    """Positions of the samples in use, in order, divided into ``n_blocks`` equal blocks.
+
+    ``samples`` is their number, or the manifest whose `SampleManifest.present` they are. Raises
+    QD104 for a number of blocks below 1, and QD311 where it does not divide the samples.
+    """
+    _check_positive("number of blocks", n_blocks)
+    n = samples if isinstance(samples, int) else len(samples.present)
+    if n < 1 or n % n_blocks:
+        fitting = _nearest_divisors(n, n_blocks)
+        raise DataError(
+            "QD311",
+            where="the calibration samples",
+            got=f"{n} samples for {n_blocks} equal blocks",
+            expected=f"a number of samples that {n_blocks} divides",
+            mend=f"use {' or '.join(map(str, fitting))} blocks, or "
+            + " or ".join(str(count) for count in _nearest_multiples(n, n_blocks))
+            + " samples",
+        )
+    length = n // n_blocks
+    return tuple(range(start, start + length) for start in range(0, n, length))
+
+
+def _nearest_divisors(n: int, wanted: int) -> list[int]:
+    """The divisors of ``n`` next to ``wanted`` on either side; 1 where ``n`` has none."""
+    divisors = [count for count in range(1, n + 1) if n % count == 0] or [1]
+    below = [count for count in divisors if count <= wanted]
+    above = [count for count in divisors if count > wanted]
+    return below[-1:] + above[:1]
+
+
+def _nearest_multiples(n: int, factor: int) -> list[int]:
+    below = n // factor * factor
+    return [count for count in (below, below + factor) if count]
+
+
+def _micro_batch(entries: Sequence[SampleEntry], generation: int) -> MicroBatch:
+    return MicroBatch(
+        ids=tuple(entry.id for entry in entries),
+        keys=tuple(entry.key for entry in entries),
+        shapes=entries[0].shapes,
+        generation=generation,
+    )
+
+
+def _buckets(entries: Sequence[SampleEntry]) -> Iterator[list[SampleEntry]]:
+    """Entries of equal shapes, wherever they stand."""
+    found: dict[Shapes, list[SampleEntry]] = {}
+    for entry in entries:
+        found.setdefault(entry.shapes, []).append(entry)
+    yield from found.values()
 
 
 def _runs(entries: Sequence[SampleEntry]) -> Iterator[list[SampleEntry]]:

@@ -10,12 +10,16 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx.shape_inference
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, SparseTensorProto, TensorProto, helper, numpy_helper
 
+from qdist.model.elements import find_elements
+from qdist.model.half import widen_typed
+from qdist.model.precision import HALF, mentions
 from qdist.model.rewrite import names_read, set_nodes
 from qdist.model.session import Execution, measuring_session, run
 from qdist.model.weights import n_bytes_of
@@ -220,9 +224,15 @@ def _values(
     part.graph.node.extend(nodes)
     part.graph.initializer.extend(t for t in model.graph.initializer if t.name in needed)
     part.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
+    narrow: set[str] = set()
+    if mentions(part, HALF):
+        elements = find_elements(part, folder, execution)
+        narrow = {name for name in outputs if elements.of(name) == TensorProto.BFLOAT16}
+        widen_typed(part, elements)
     session = measuring_session(part.SerializeToString(), folder, execution)
-    values = run(session, outputs, {})
-    return {name: np.asarray(value) for name, value in zip(outputs, values, strict=True)}
+    values = dict(zip(outputs, map(np.asarray, run(session, outputs, {})), strict=True))
+    # Rounded already: no bit is lost.
+    return values | {name: values[name].astype(ml_dtypes.bfloat16) for name in narrow}
 
 
 def _shell(model: ModelProto) -> ModelProto:

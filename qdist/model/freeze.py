@@ -9,26 +9,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import onnx
 import onnx.checker
 import onnx.inliner
-from numpy.typing import NDArray
 from onnx import ModelProto
 
 from qdist.errors import ModelError
 from qdist.model import constants, rewrite
 from qdist.model.loading import ModelFile, combined_digest, external_ranges
 from qdist.model.opset import raise_opset
-from qdist.model.session import Execution, measuring_session, run, scoring_session
+from qdist.model.session import Execution
 from qdist.model.weights import Weights
 
 LOWEST_OPSET = 13
 """Q/DQ have an ``axis`` from opset 13 on."""
-TOLERANCE = 1e-4
-"""Largest relative L2 difference that freezing may make to an output."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,70 +109,3 @@ def _inlined(proto: ModelProto, path: Path) -> ModelProto:
             expected="local functions that do not call themselves",
             mend="export the model without local functions",
         ) from error
-
-
-def frozen_difference(
-    frozen: FrozenModel, feeds: dict[str, NDArray[Any]], execution: Execution
-) -> float:
-    """Relative L2 difference between the model as given and frozen, on one input; 0 is bit-equal.
-
-    Both run with graph optimization off. Raises QD207 above `TOLERANCE`.
-    """
-    given = scoring_session(frozen.source, execution)
-    names = [output.name for output in given.get_outputs()]
-    expected = run(given, names, feeds)
-    del given
-    session = measuring_session(frozen.graph_bytes, frozen.data_folder, execution)
-    found = run(session, names, feeds)
-    worst = 0.0
-    for name, e, f in zip(names, expected, found, strict=True):
-        worst = max(worst, _relative_l2(np.asarray(e), np.asarray(f)))
-        if not worst <= TOLERANCE:
-            raise ModelError(
-                "QD207",
-                where=f"output {name} of {frozen.source}",
-                got=f"a relative difference of {worst:.3g} after simplification",
-                expected=f"at most {TOLERANCE:g}",
-                mend="export the model at opset 13 or later with constants folded",
-            )
-    return worst
-
-
-def opset_difference(
-    frozen: FrozenModel, opset: int, feeds: dict[str, NDArray[Any]], execution: Execution
-) -> float:
-    """Relative L2 difference that raising the frozen graph to ``opset`` makes; 0 is bit-equal.
-
-    Raises QD206 when it cannot be raised, QD207 above `TOLERANCE`.
-    """
-    if rewrite.opset_of(frozen.proto()) >= opset:
-        return 0.0
-    raised = raise_opset(frozen.proto(), opset).SerializeToString()
-    before = measuring_session(frozen.graph_bytes, frozen.data_folder, execution)
-    names = [output.name for output in before.get_outputs()]
-    expected = run(before, names, feeds)
-    del before
-    found = run(measuring_session(raised, frozen.data_folder, execution), names, feeds)
-    worst = max(_relative_l2(e, f) for e, f in zip(expected, found, strict=True))
-    if not worst <= TOLERANCE:
-        raise ModelError(
-            "QD207",
-            where=f"{frozen.source} at opset {opset}",
-            got=f"a relative difference of {worst:.3g}",
-            expected=f"at most {TOLERANCE:g}",
-            mend=f"export the model at opset {opset}",
-        )
-    return worst
-
-
-def _relative_l2(expected: NDArray[Any], found: NDArray[Any]) -> float:
-    if expected.shape != found.shape:
-        return float("inf")
-    if np.array_equal(expected, found, equal_nan=expected.dtype.kind == "f"):
-        return 0.0
-    e, f = expected.astype(np.float64).ravel(), found.astype(np.float64).ravel()
-    same = (e == f) | (np.isnan(e) & np.isnan(f))
-    off = e[~same] - f[~same]
-    if not np.isfinite(off).all():
-        return float("inf")
-    return float(np.linalg.norm(off)) / (float(np.linalg.norm(e[np.isfinite(e)])) or 1.0)

@@ -10,10 +10,12 @@ import onnx
 import onnx.shape_inference
 from onnx import ModelProto, NodeProto, TensorProto
 
+from qdist.errors import ModelError
 from qdist.model.constants import RANDOM
 from qdist.model.freeze import FrozenModel
 from qdist.model.rewrite import names_read
-from qdist.model.session import Execution, measuring_session
+from qdist.model.session import Execution
+from qdist.model.shapes import runtime_types, session_types
 
 FLOAT_TYPES = {
     TensorProto.FLOAT: "float32",
@@ -21,13 +23,6 @@ FLOAT_TYPES = {
     TensorProto.BFLOAT16: "bfloat16",
     TensorProto.DOUBLE: "float64",
 }
-_RUNTIME_FLOATS = {
-    "tensor(float)": TensorProto.FLOAT,
-    "tensor(float16)": TensorProto.FLOAT16,
-    "tensor(bfloat16)": TensorProto.BFLOAT16,
-    "tensor(double)": TensorProto.DOUBLE,
-}
-
 Shape = tuple[int | str | None, ...]
 """Dimensions: a number, a symbol, or None where nothing is known."""
 
@@ -66,7 +61,8 @@ class Graph:
         self._computed = self._computed_tensors()
         self.output_names: list[str] = [value.name for value in self.proto.graph.output]
         self._types = _inferred_types(self.proto)
-        self._ask_runtime(execution or Execution())
+        self.execution = execution or Execution()
+        self._ask_runtime(self.execution)
 
     def type_of(self, tensor: str) -> TensorType | None:
         """Type of an activation, graph input or initializer; None where nothing tells."""
@@ -100,13 +96,18 @@ class Graph:
         unknown = [name for name in self.maker if name not in self._types]
         if not unknown:
             return
-        proto = self.model.proto()
-        del proto.graph.output[:]
-        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in unknown)
-        session = measuring_session(proto.SerializeToString(), self.model.data_folder, execution)
-        for value in session.get_outputs():
-            element = _RUNTIME_FLOATS.get(value.type, TensorProto.UNDEFINED)
-            self._types[value.name] = TensorType(element=element, shape=tuple(value.shape or ()))
+        for name, (element, shape) in _from_runtime(self.model, unknown, execution).items():
+            self._types[name] = TensorType(element=element, shape=shape)
+
+
+def _from_runtime(
+    model: FrozenModel, tensors: list[str], execution: Execution
+) -> dict[str, tuple[int, Shape | None]]:
+    try:
+        return runtime_types(model.proto(), tensors, model.data_folder, execution)
+    except ModelError:
+        # A kernel that wants its weight as a constant: this session holds all of them.
+        return session_types(model.proto(), tensors, model.data_folder, execution)
 
 
 def attribute(node: NodeProto, name: str, default: Any = None) -> Any:

@@ -13,20 +13,9 @@ from dataclasses import dataclass
 from onnx import NodeProto
 
 from qdist.model.graph import Graph, attribute
+from qdist.model.views import VIEWS
 
-VIEWS = frozenset(
-    {
-        "Reshape",
-        "Transpose",
-        "Squeeze",
-        "Unsqueeze",
-        "Flatten",
-        "Identity",
-        "DepthToSpace",
-        "SpaceToDepth",
-    }
-)
-"""Operators whose output holds exactly the values of their first input, in another order."""
+__all__ = ["COMPUTE", "VIEWS", "Layer", "LayerInput", "find_layers"]
 
 _MOVES = VIEWS | {
     "Slice",
@@ -45,27 +34,89 @@ _MOVES = VIEWS | {
     "DequantizeLinear",
 }
 COMPUTE = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
-"""Operators that multiply and accumulate: where a chip spends its time."""
+"""Operators that multiply and accumulate and that have an integer form: where a chip spends its
+time."""
 
-_DATA_INPUTS = {
-    "Conv": (0, 1),
-    "ConvTranspose": (0, 1),
-    "Gemm": (0, 1),
-    "MatMul": (0, 1),
-    "Where": (1, 2),
-    "Add": (0, 1),
-    "Sub": (0, 1),
-    "Mul": (0, 1),
-    "Div": (0, 1),
-    "Pow": (0,),
-    "Min": None,
-    "Max": None,
-    "Sum": None,
-    "Mean": None,
-    "Concat": None,
-    "Einsum": None,
+_RECURRENT = (0, 1, 2, 5, 6)
+"""Sequence, weights, recurrent weights and initial states. The state that is fed back is the
+output."""
+_MULTIPLIERS: dict[tuple[str, str], tuple[int, ...] | None] = {
+    ("", "LSTM"): _RECURRENT,
+    ("", "GRU"): _RECURRENT[:4],
+    ("", "RNN"): _RECURRENT[:4],
+    ("", "Attention"): (0, 1, 2, 4, 5),
+    ("", "DeformConv"): (0, 1),
+    ("", "Einsum"): None,
+    ("com.microsoft", "Attention"): (0, 1, 4),
+    ("com.microsoft", "PackedAttention"): (0, 1),
+    ("com.microsoft", "LongformerAttention"): (0, 1, 4),
+    ("com.microsoft", "DecoderMaskedSelfAttention"): (0, 1, 4),
+    ("com.microsoft", "MultiHeadAttention"): (0, 1, 2, 6, 7),
+    ("com.microsoft", "PackedMultiHeadAttention"): (0, 1, 2),
+    ("com.microsoft", "DecoderMaskedMultiHeadAttention"): (0, 1, 2, 5, 6),
+    ("com.microsoft", "GroupQueryAttention"): (0, 1, 2, 3, 4),
+    ("com.microsoft", "SparseAttention"): (0, 1, 2, 3, 4),
+    ("com.microsoft", "PagedAttention"): (0, 1, 2, 3, 4),
+    ("com.microsoft", "FusedConv"): (0, 1),
+    ("com.microsoft", "NhwcFusedConv"): (0, 1),
+    ("com.microsoft", "FusedMatMul"): (0, 1),
+    ("com.microsoft", "FusedMatMulActivation"): (0, 1),
+    ("com.microsoft", "TransposeMatMul"): (0, 1),
+    ("com.microsoft", "SparseToDenseMatMul"): (0, 1),
+    ("com.microsoft", "FusedGemm"): (0, 1),
+    ("com.microsoft", "GemmFastGelu"): (0, 1),
+    # What these multiply with is stored in integers already.
+    ("com.microsoft", "MatMulNBits"): (0,),
+    ("com.microsoft", "MatMulBnb4"): (0,),
+    ("com.microsoft", "DynamicQuantizeMatMul"): (0,),
+    ("com.microsoft", "DynamicQuantizeLSTM"): _RECURRENT,
+    ("com.microsoft", "QMoE"): (0,),
+    ("com.microsoft", "MoE"): (0, 2, 4, 6),
+}
+"""Other operators that multiply and accumulate, by domain, and which inputs carry data."""
+
+_DATA_INPUTS = _MULTIPLIERS | {
+    ("", "Conv"): (0, 1),
+    ("", "ConvTranspose"): (0, 1),
+    ("", "Gemm"): (0, 1),
+    ("", "MatMul"): (0, 1),
+    ("", "Where"): (1, 2),
+    ("", "Add"): (0, 1),
+    ("", "Sub"): (0, 1),
+    ("", "Mul"): (0, 1),
+    ("", "Div"): (0, 1),
+    ("", "Pow"): (0,),
+    ("", "Min"): None,
+    ("", "Max"): None,
+    ("", "Sum"): None,
+    ("", "Mean"): None,
+    ("", "Concat"): None,
+    ("com.microsoft", "SkipLayerNormalization"): (0, 1),
+    ("com.microsoft", "SkipSimplifiedLayerNormalization"): (0, 1),
+    ("com.microsoft", "SkipGroupNorm"): (0, 3),
+    ("com.microsoft", "BiasAdd"): (0, 2),
 }
 """Which inputs carry data (None: all). Any other operator: the first."""
+
+_MULTIPLYING_OPERATORS = COMPUTE | {op_type for _, op_type in _MULTIPLIERS}
+
+
+def is_multiplier(node: NodeProto) -> bool:
+    """Whether a node multiplies and accumulates."""
+    domain = _domain(node)
+    return (domain, node.op_type) in _MULTIPLIERS or (domain == "" and node.op_type in COMPUTE)
+
+
+def data_inputs(node: NodeProto) -> tuple[str, ...]:
+    """What a node computes on: the names of the inputs that carry data, constants included."""
+    positions = _DATA_INPUTS.get((_domain(node), node.op_type), (0,))
+    return tuple(
+        name for i, name in enumerate(node.input) if name and (positions is None or i in positions)
+    )
+
+
+def _domain(node: NodeProto) -> str:
+    return "" if node.domain == "ai.onnx" else node.domain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +144,7 @@ class Layer:
     @property
     def is_compute(self) -> bool:
         """Whether the layer multiplies and accumulates."""
-        return self.op_type in COMPUTE
+        return self.op_type in _MULTIPLYING_OPERATORS
 
 
 def find_layers(graph: Graph) -> tuple[Layer, ...]:
@@ -124,19 +175,9 @@ def find_layers(graph: Graph) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
-def view_source(graph: Graph, tensor: str) -> str:
-    """The tensor whose values ``tensor`` merely rearranges; itself where it computes anew."""
-    while (node := graph.maker.get(tensor)) is not None and node.op_type in VIEWS:
-        source = node.input[0]
-        if not graph.is_activation(source):
-            break
-        tensor = source
-    return tensor
-
-
 def _data_inputs(graph: Graph, node: NodeProto) -> tuple[tuple[LayerInput, ...], ...]:
     """Activations, weights, and what is neither: constants that were left unfolded."""
-    positions = _DATA_INPUTS.get(node.op_type, (0,))
+    positions = _DATA_INPUTS.get((_domain(node), node.op_type), (0,))
     activations, weights, unfolded = [], [], []
     for i, name in enumerate(node.input):
         if not name or (positions is not None and i not in positions) or not graph.is_float(name):
@@ -154,18 +195,28 @@ def _data_inputs(graph: Graph, node: NodeProto) -> tuple[tuple[LayerInput, ...],
 def _channel_axis(graph: Graph, node: NodeProto, index: int, weight: str) -> int | None:
     """The axis of a weight along which output channels lie, or None for no such axis."""
     rank = len(graph.constants[weight].dims)
-    if node.op_type == "Conv" and index == 1:
+    if node.op_type in _OUT_CHANNELS_FIRST and index == 1:
         return 0
+    if node.op_type in _OUT_CHANNELS_SECOND and rank >= 2:
+        return 1
     if node.op_type == "ConvTranspose" and index == 1:
         return 1
-    if node.op_type == "Gemm" and rank == 2:
+    if node.op_type in ("Gemm", "FusedGemm") and rank == 2:
         if index == 1:
             return 0 if attribute(node, "transB", 0) else 1
         return 1 if attribute(node, "transA", 0) else 0
-    if node.op_type == "MatMul" and rank >= 2:
-        return rank - 1 if index == 1 else rank - 2
+    if node.op_type in ("MatMul", "FusedMatMul") and rank >= 2:
+        if attribute(node, f"transBatch{'AB'[index]}", 0):
+            return None
+        turned = bool(attribute(node, f"trans{'AB'[index]}", 0))
+        return rank - 1 if (index == 1) != turned else rank - 2
     return None
 
+
+_OUT_CHANNELS_FIRST = ("Conv", "FusedConv", "NhwcFusedConv", "DeformConv")
+_OUT_CHANNELS_SECOND = ("LSTM", "GRU", "RNN", "Attention", "PackedAttention", "MoE")
+"""Weights of these are [directions, gates, inputs], [inputs, q k v] and [experts, outputs, inputs].
+"""
 
 _REDUCTIONS = ("ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2")
 _POINTWISE = ("Add", "Sub", "Sqrt", "Reciprocal", "Mul", "Div", "Max", "Clip", "Pow")

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from qdist.digest import digest_json
 from qdist.errors import ModelError
+from qdist.model.precision import mentions
 
 ORT_ERRORS = (
     ort_state.Fail,
@@ -103,9 +106,9 @@ def measuring_session(
 
     ``data_folder`` is where external data lies when ``model`` is bytes. Raises QD205.
     """
-    options = _options(execution)
+    options = session_options(execution)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return _session(model, data_folder, execution, options)
+    return open_session(model, data_folder, execution, options)
 
 
 def scoring_session(
@@ -115,15 +118,15 @@ def scoring_session(
 
     Raises QD205.
     """
-    options = _options(execution)
+    options = session_options(execution)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_quant_qdq", "1")
-    return _session(model, data_folder, execution, options)
+    return open_session(model, data_folder, execution, options)
 
 
 def deployed_session(model: Path, execution: Execution) -> ort.InferenceSession:
     """A session with ONNX Runtime's defaults: what a user's application would get on this CPU."""
-    return _session(model, None, execution, _options(execution))
+    return open_session(model, None, execution, session_options(execution))
 
 
 def run(
@@ -144,7 +147,8 @@ def run(
         ) from error
 
 
-def _options(execution: Execution) -> ort.SessionOptions:
+def session_options(execution: Execution) -> ort.SessionOptions:
+    """What all sessions of this library have in common: threads, and no spinning."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = execution.n_threads
     options.inter_op_num_threads = 1
@@ -153,12 +157,14 @@ def _options(execution: Execution) -> ort.SessionOptions:
     return options
 
 
-def _session(
+def open_session(
     model: bytes | Path,
     data_folder: Path | None,
     execution: Execution,
     options: ort.SessionOptions,
 ) -> ort.InferenceSession:
+    """A session with these options. ``data_folder``: where external data of a model given as bytes
+    lies. Raises QD205 where ONNX Runtime refuses the model, QD210 for an unknown provider."""
     check_provider(execution.provider)
     where = str(model) if isinstance(model, Path) else "the rewritten graph"
     if data_folder is not None:
@@ -177,8 +183,28 @@ def _session(
             where=where,
             got=_first_line(error),
             expected="a model that ONNX Runtime can load",
-            mend="check the model with onnx.checker and export it again",
+            mend=_mend(model),
         ) from error
+
+
+def _mend(model: bytes | Path) -> str:
+    if _speaks_of_bfloat16(model):
+        return (
+            "export the model in float32, or keep only its weights in bfloat16, with a Cast to "
+            "float32 behind each: ONNX Runtime lacks this operator in bfloat16"
+        )
+    return "check the model with onnx.checker and export it again"
+
+
+def _speaks_of_bfloat16(model: bytes | Path) -> bool:
+    try:
+        if isinstance(model, Path):
+            proto = onnx.load(model, load_external_data=False)
+        else:
+            proto = onnx.ModelProto.FromString(model)
+    except (OSError, DecodeError):
+        return False
+    return mentions(proto, {onnx.TensorProto.BFLOAT16})
 
 
 def _first_line(error: Exception) -> str:

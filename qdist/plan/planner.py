@@ -6,7 +6,7 @@ ask for hundreds of plans. It never runs the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from qdist.plan.rules import Rule
 from qdist.plan.scope import left_out
 from qdist.plan.weight_range import weight_quantizer
 from qdist.stats.record import CalibrationRecord
+from qdist.threshold.blocks import mean_threshold
 from qdist.threshold.clip import scale_and_zero
 from qdist.threshold.registry import find_threshold
 from qdist.threshold.sentinel import LEAST_GAP, LEAST_MAGNITUDE, split_sentinels
@@ -49,11 +50,14 @@ class Planner:
         record: CalibrationRecord,
         taps: TapTable,
         settings: PlanSettings | None = None,
+        blocks: Sequence[CalibrationRecord] = (),
     ) -> None:
+        """``blocks``: records of equal blocks of the samples; ranges are then means over them."""
         self.graph = graph
         self.layers: tuple[Layer, ...] = find_layers(graph)
         self.fused = find_fusions(graph, self.layers)
         self._record = record
+        self._blocks = tuple(blocks)
         self.taps = taps
         self.settings = settings or PlanSettings()
         self._left_out = left_out(self.layers, self.settings.scope)
@@ -230,7 +234,12 @@ class Planner:
         if split.body.is_empty:
             return "never held a value in calibration"
         levels = activation_levels(bits, symmetric=self.settings.symmetric)
-        threshold = find_threshold(split.body, levels, method, self.settings.saturation_parameters)
+        parameters = self.settings.saturation_parameters
+        if self._blocks:
+            histograms = [block.histogram(row) for block in self._blocks]
+            threshold = mean_threshold(histograms, levels, method, parameters).threshold
+        else:
+            threshold = find_threshold(split.body, levels, method, parameters)
         scale, zero = scale_and_zero(threshold.low, threshold.high, levels)
         return Quantizer(
             bits=bits,

@@ -11,18 +11,58 @@ from numpy.typing import NDArray
 from qdist.stats import grid
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exact:
+    """The finite values of the bins of largest magnitude, known exactly.
+
+    ``values`` float64[n] ascending and unique, +0 and -0 as one; ``counts`` float64[n].
+    ``first_bin``: they are all the values of the bins of this magnitude (a bin without its sign)
+    and larger ones; with 0 they are all finite values.
+    """
+
+    values: NDArray[np.float64]
+    counts: NDArray[np.float64]
+    first_bin: int
+
+    @classmethod
+    def of_table(cls, values: NDArray[np.float32], counts: NDArray[np.uint64]) -> Exact:
+        """From a value table, which has every value."""
+        finite = np.isfinite(values)
+        unique, place = np.unique(values[finite].astype(np.float64), return_inverse=True)
+        # Adding up integers below 2^53 is exact in any order.
+        summed = np.bincount(place, weights=counts[finite].astype(np.float64))
+        return cls(values=unique, counts=summed.astype(np.float64), first_bin=0)
+
+    @classmethod
+    def of_largest(cls, largest: NDArray[np.float32], limit: int) -> Exact:
+        """From the values of largest magnitude, descending, of which ``limit`` are kept at most.
+
+        Of the bin of the least of them there may be more, so that bin is left out.
+        """
+        first_bin = 0
+        if limit <= 0:
+            first_bin = grid.POSITIVE_INFINITY
+        elif largest.size >= limit:
+            first_bin = int(grid.bin_of(largest[-1:])[0] & np.uint16(0x7FFF)) + 1
+        known = largest[(grid.bin_of(largest) & np.uint16(0x7FFF)) >= first_bin]
+        unique, counts = np.unique(known.astype(np.float64), return_counts=True)
+        return cls(values=unique, counts=counts.astype(np.float64), first_bin=first_bin)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Histogram:
     """Sparse counts of one tensor over the grid's bins.
 
     ``bins`` uint16[n] ascending, ``counts`` uint64[n] > 0; ``minimum`` and ``maximum`` are the
     exact extrema of the finite values as float32 (``+inf``/``-inf`` when there are none).
+    ``exact``: what is known of the values beyond their bins; None for nothing.
     """
 
     bins: NDArray[np.uint16]
     counts: NDArray[np.uint64]
     minimum: float
     maximum: float
+    exact: Exact | None = None
 
     def __post_init__(self) -> None:
         if self.bins.shape != self.counts.shape or self.bins.ndim != 1:
@@ -50,15 +90,24 @@ class Histogram:
 
     @cached_property
     def finite(self) -> Density:
-        """The finite values as a density on intervals, ascending."""
-        keep = ~(grid.is_nan_bin(self.bins) | grid.is_infinite_bin(self.bins))
+        """The finite values as a density on intervals, ascending; exact ones as point masses."""
+        keep = (self.bins & np.uint16(0x7FFF)) < grid.POSITIVE_INFINITY
+        if self.exact is not None:
+            keep = (self.bins & np.uint16(0x7FFF)) < self.exact.first_bin
         bins, counts = self.bins[keep], self.counts[keep]
         order = grid.ascending(bins)
         edges = grid.edges_of(bins[order])
         # The exact extrema cut the outermost bins.
         lower = np.clip(edges.lower, self.minimum, self.maximum)
         upper = np.clip(edges.upper, self.minimum, self.maximum)
-        return Density(lower=lower, upper=upper, counts=counts[order].astype(np.float64))
+        masses = counts[order].astype(np.float64)
+        if self.exact is None or not self.exact.values.size:
+            return Density(lower=lower, upper=upper, counts=masses)
+        points = self.exact.values
+        lower, upper = np.concatenate([lower, points]), np.concatenate([upper, points])
+        order = np.argsort(lower, kind="stable")
+        masses = np.concatenate([masses, self.exact.counts])
+        return Density(lower=lower[order], upper=upper[order], counts=masses[order])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,129 +1,50 @@
-"""Counting and merging loops, compiled with Numba. Each has a plain NumPy twin in the tests."""
+"""Counting one tensor densely, and the merging loops, compiled with Numba.
+
+Each has a plain NumPy twin in the tests.
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-_QUIET = 0x7FC0
+from qdist.stats import sweep
+from qdist.stats.compiled import compiled
+
+_NO_KEYS = np.zeros(0, np.int32)
 
 
-@numba.njit(cache=True, nogil=True)
 def count_bits(
     bits: NDArray[np.uint32], counts: NDArray[np.uint64], extrema: NDArray[np.float32]
 ) -> None:
     """Add a flat tensor, given as its bits, to ``counts[65536]`` and ``extrema = [min, max]``.
 
-    NaNs count in the quiet-NaN bin of their sign and leave the extrema alone; infinities count
-    in their bins and leave the extrema alone too, so that the extrema stay those of the finite
-    values. Large tensors go through two interleaved 32-bit tables, so that runs of equal values
-    (zeros after ReLU) do not wait for one counter.
+    NaNs count in the quiet-NaN bin of their sign, infinities in theirs; neither changes the
+    extrema, which are those of the finite values.
     """
-    n = bits.size
-    low_key = np.int64(1) << 40
-    high_key = -(np.int64(1) << 40)
-    if n < 1 << 15:
-        for i in range(n):
-            b = bits[i]
-            magnitude = b & np.uint32(0x7FFFFFFF)
-            if magnitude >= np.uint32(0x7F800000):
-                counts[_special(b, magnitude)] += np.uint64(1)
-                continue
-            key = _order(b)
-            low_key = min(low_key, key)
-            high_key = max(high_key, key)
-            counts[b >> np.uint32(16)] += np.uint64(1)
-    else:
-        low_key, high_key = _count_large(bits, counts, low_key, high_key)
-    if low_key <= high_key:
-        low = _value(low_key)
-        high = _value(high_key)
-        extrema[0] = min(extrema[0], low)
-        extrema[1] = max(extrema[1], high)
+    state = sweep.new_state(1)
+    sweep.sweep(
+        sweep.bits_of(bits.view(np.float32)),
+        0,
+        sweep.NO_CHANNELS,
+        1,
+        _NO_KEYS,
+        _NO_KEYS,
+        0,
+        state,
+        np.zeros((1, 0), np.uint32),
+        0,
+        np.arange(sweep.PAGES, dtype=np.int32),
+        counts.reshape(sweep.PAGES, sweep.PAGE_BINS),
+        np.full(1, sweep.PAGES, np.int64),
+        sweep.new_scratch(),
+        np.empty(sweep.BLOCK, np.uint32),
+    )
+    extrema[0] = min(extrema[0], sweep.floats_of(state[:, sweep.LOW], np.inf)[0])
+    extrema[1] = max(extrema[1], sweep.floats_of(state[:, sweep.HIGH], -np.inf)[0])
 
 
-@numba.njit(cache=True, nogil=True)
-def _count_large(
-    bits: NDArray[np.uint32], counts: NDArray[np.uint64], low_key: Any, high_key: Any
-) -> tuple[Any, Any]:
-    n = bits.size
-    first = np.zeros(1 << 16, np.uint32)
-    second = np.zeros(1 << 16, np.uint32)
-    start = 0
-    while start < n:
-        # 32-bit counters cannot overflow within a block.
-        stop = min(n, start + (1 << 30))
-        even_stop = start + ((stop - start) // 2) * 2
-        i = start
-        while i < even_stop:
-            a = bits[i]
-            b = bits[i + 1]
-            first[a >> np.uint32(16)] += np.uint32(1)
-            second[b >> np.uint32(16)] += np.uint32(1)
-            key_a = _order(a)
-            key_b = _order(b)
-            if (a & np.uint32(0x7FFFFFFF)) < np.uint32(0x7F800000):
-                low_key = min(low_key, key_a)
-                high_key = max(high_key, key_a)
-            elif (a & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):
-                first[a >> np.uint32(16)] -= np.uint32(1)
-                first[_special(a, a & np.uint32(0x7FFFFFFF))] += np.uint32(1)
-            if (b & np.uint32(0x7FFFFFFF)) < np.uint32(0x7F800000):
-                low_key = min(low_key, key_b)
-                high_key = max(high_key, key_b)
-            elif (b & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):
-                second[b >> np.uint32(16)] -= np.uint32(1)
-                second[_special(b, b & np.uint32(0x7FFFFFFF))] += np.uint32(1)
-            i += 2
-        if even_stop < stop:
-            a = bits[even_stop]
-            magnitude = a & np.uint32(0x7FFFFFFF)
-            if magnitude >= np.uint32(0x7F800000):
-                first[_special(a, magnitude)] += np.uint32(1)
-            else:
-                first[a >> np.uint32(16)] += np.uint32(1)
-                low_key = min(low_key, _order(a))
-                high_key = max(high_key, _order(a))
-        for j in range(1 << 16):
-            counts[j] += np.uint64(first[j]) + np.uint64(second[j])
-            first[j] = 0
-            second[j] = 0
-        start = stop
-    return low_key, high_key
-
-
-@numba.njit(cache=True, nogil=True, inline="always")
-def _order(bits: Any) -> Any:
-    """An integer that orders floats as their values do; -0 lies just below +0."""
-    magnitude = np.int64(bits & np.uint32(0x7FFFFFFF))
-    if bits >> np.uint32(31):
-        return -magnitude - np.int64(1)
-    return magnitude
-
-
-@numba.njit(cache=True, nogil=True)
-def _value(key: Any) -> Any:
-    """The float32 of an `_order` key, with -0 as 0."""
-    one = np.empty(1, np.uint32)
-    if key < 0:
-        magnitude = -(key + 1)
-        one[0] = np.uint32(magnitude) | np.uint32(0x80000000 if magnitude else 0)
-    else:
-        one[0] = np.uint32(key)
-    return one.view(np.float32)[0]
-
-
-@numba.njit(cache=True, nogil=True, inline="always")
-def _special(bits: Any, magnitude: Any) -> Any:
-    if magnitude == np.uint32(0x7F800000):
-        return np.int64(bits >> np.uint32(16))
-    return np.int64(((bits >> np.uint32(31)) << np.uint32(15)) | np.uint32(_QUIET))
-
-
-@numba.njit(cache=True, nogil=True)
+@compiled
 def merge_sorted(
     keys_a: NDArray[np.int64],
     counts_a: NDArray[np.uint64],
@@ -161,3 +82,40 @@ def merge_sorted(
         j += 1
         k += 1
     return keys[:k].copy(), counts[:k].copy()
+
+
+@compiled
+def merge_largest(
+    keys_a: NDArray[np.uint32],
+    offsets_a: NDArray[np.int64],
+    keys_b: NDArray[np.uint32],
+    offsets_b: NDArray[np.int64],
+    limit: int,
+) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    """Row by row, the ``limit`` largest of two descending lists, descending; and the offsets."""
+    n_rows = offsets_a.size - 1
+    keys = np.empty(keys_a.size + keys_b.size, np.uint32)
+    offsets = np.zeros(n_rows + 1, np.int64)
+    k = 0
+    for row in range(n_rows):
+        i, end_a = offsets_a[row], offsets_a[row + 1]
+        j, end_b = offsets_b[row], offsets_b[row + 1]
+        stop = k + min(limit, (end_a - i) + (end_b - j))
+        while k < stop and i < end_a and j < end_b:
+            # Without a branch, since nobody can foresee it.
+            a, b = keys_a[i], keys_b[j]
+            first = a >= b
+            keys[k] = a if first else b
+            i += np.int64(first)
+            j += np.int64(not first)
+            k += 1
+        while k < stop and i < end_a:
+            keys[k] = keys_a[i]
+            i += 1
+            k += 1
+        while k < stop:
+            keys[k] = keys_b[j]
+            j += 1
+            k += 1
+        offsets[row + 1] = k
+    return keys[:k].copy(), offsets

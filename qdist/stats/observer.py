@@ -1,99 +1,225 @@
 """From one shard to its record: the function that runs inside every worker.
 
-It knows neither Ray nor Zarr, so a whole calibration can run in one process with it.
+It knows neither Ray nor Zarr, so a whole calibration can run in one process with it. A model in
+several segments is the same loop with the segments outside: each is loaded once per shard, and what
+the next ones read waits in a spool.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 from numpy.typing import NDArray
 
+from qdist.data.positions import Dims, MaskDims, kept_positions
 from qdist.data.source import Feeds
 from qdist.errors import DataError
+from qdist.model.frugal import frugal_session, give_back
+from qdist.model.relay import Relay
+from qdist.model.segments import Segment
 from qdist.model.session import Execution, as_float32, measuring_session, run
+from qdist.model.spool import Spool
 from qdist.model.taps import TapTable
-from qdist.stats import grid
-from qdist.stats.kernels import count_bits
+from qdist.stats.accumulator import Accumulator
 from qdist.stats.record import CalibrationRecord
+from qdist.stats.spec import StatisticsSpec
 
 NAN_POLICIES = ("error", "report")
+SPOOL_BYTES = 64 << 20
+
+Batch = tuple[tuple[str, ...], Callable[[], Sequence[Feeds]]]
+"""Names of a micro-batch's samples, and what loads its feeds, one for each phase."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Padding:
+    """Positions that count nowhere. Picklable.
+
+    ``mask``: the input [B, S] of the model that is zero where a position is padding. ``names``,
+    ``dims`` (declared dimensions by tensor) and ``axes`` (sequence axes by tensor, from a user who
+    knows) help to find the sequence in a tensor; see `kept_positions`.
+    """
+
+    mask: str
+    names: MaskDims | None = None
+    dims: Mapping[str, Dims] = field(default_factory=dict)
+    axes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def kept(
+        self, given: Mapping[str, NDArray[Any]], tensor: str, shape: tuple[int, ...]
+    ) -> NDArray[np.bool_] | None:
+        """Which elements of a tensor count; None: all. Raises `DataError` QD303."""
+        if self.mask not in given:
+            return None
+        return kept_positions(
+            given[self.mask] != 0,
+            shape,
+            tensor=tensor,
+            dims=self.dims.get(tensor),
+            names=self.names,
+            axes=self.axes.get(tensor),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObserverSpec:
     """What a worker needs to measure shards. Picklable; large only when the weights are inline.
 
-    ``tapped_bytes``: serialized graph whose outputs are the taps. ``on_nan``: ``error`` stops at
-    the first NaN in an activation, ``report`` counts it.
+    ``segments``: of the frozen graph, in order; together they measure the taps' points.
+    ``on_nan``: ``error`` stops at the first NaN in an activation, ``report`` counts it.
+    ``channel_axes``: axis of the tensors that get extrema per channel. ``carry``: pairs of an input
+    of the model and the output of the phase before that fills it (an output that some segment
+    ``hands``). ``spool_bytes``: what waits between several segments in memory, beyond which it
+    goes to files below ``spool_folder`` (None: the system's scratch folder).
     """
 
-    tapped_bytes: bytes
+    segments: tuple[Segment, ...]
     data_folder: Path
     taps: TapTable
     execution: Execution
     on_nan: str = "error"
+    statistics: StatisticsSpec = field(default_factory=StatisticsSpec)
+    channel_axes: Mapping[str, int] = field(default_factory=dict)
+    carry: tuple[tuple[str, str], ...] = ()
+    padding: Padding | None = None
+    spool_bytes: int = SPOOL_BYTES
+    spool_folder: Path | None = None
 
     def __post_init__(self) -> None:
         if self.on_nan not in NAN_POLICIES:
             raise ValueError(f"on_nan must be one of {NAN_POLICIES}, got {self.on_nan!r}")
+        measured = [tensor for segment in self.segments for tensor in segment.tensors]
+        if sorted(measured) != sorted(self.taps.tensors):
+            raise ValueError(
+                f"segments measure {len(measured)} tensors, the taps are {len(self.taps.points)}"
+            )
+        handed = {name for segment in self.segments for name in segment.hands}
+        lacking = [name for _, name in self.carry if name not in handed]
+        if lacking:
+            raise ValueError(f"no segment hands out {', '.join(lacking)}, which are carried")
 
 
 class Observer:
-    """Runs the tapped model and counts. One thread at a time; keeps its session between shards."""
+    """Runs the segments and counts. One thread at a time.
+
+    A single segment's session is kept between shards; of several, one is loaded at a time.
+    """
 
     def __init__(self, spec: ObserverSpec) -> None:
         self._spec = spec
-        self._session = measuring_session(spec.tapped_bytes, spec.data_folder, spec.execution)
-        self._fetched = [point for point in spec.taps.points if not point.is_input]
+        self._points = {point.tensor: point for point in spec.taps.points}
+        self._is_whole = len(spec.segments) == 1
+        self._kept = self._load(0) if self._is_whole else None
 
-    def observe(
-        self,
-        batches: list[tuple[tuple[str, ...], Callable[[], Feeds]]],
-    ) -> CalibrationRecord:
+    def observe(self, batches: Sequence[Batch]) -> CalibrationRecord:
         """The record of one shard.
 
-        ``batches``: for each micro-batch, in order, the names of its samples and a function that
-        loads it (float and integer arrays with a leading batch axis). Raises `DataError` QD309
-        for a NaN, `ModelError` QD205 when the model fails.
+        ``batches``: the micro-batches, in order. Each loads its feeds (float and integer arrays
+        with a leading batch axis), one for each phase; phases after the first lack the inputs that
+        are carried. Raises `DataError` QD309 for a NaN, `ModelError` QD205 when the model fails,
+        `ArtifactError` QD603 where the scratch folder has no room.
         """
-        points = self._spec.taps.points
-        tables = [np.zeros(grid.N_BINS, np.uint64) for _ in points]
-        extrema = np.tile(np.array([np.inf, -np.inf], np.float32), (len(points), 1))
-        n_samples = 0
-        for names, load in batches:
-            values = self._values(load())
-            for i, point in enumerate(points):
-                flat = np.ascontiguousarray(as_float32(values.pop(point.tensor))).reshape(-1)
-                count_bits(flat.view(np.uint32), tables[i], extrema[i])
-            if self._spec.on_nan == "error":
-                _refuse_nan(self._spec.taps, tables, names)
-            n_samples += len(names)
-        return CalibrationRecord.from_dense(self._spec.taps.tensors, tables, extrema, n_samples)
+        spec = self._spec
+        parts: list[list[CalibrationRecord]] = [[] for _ in spec.segments]
+        # One segment hands nothing on but what is in memory anyway.
+        with Spool(None if self._is_whole else spec.spool_bytes, spec.spool_folder) as spool:
+            asides = () if spec.padding is None else (spec.padding.mask,)
+            relay = Relay(spec.segments, spool, spec.carry, asides)
+            for index, phase in relay.rounds():
+                parts[index].append(self._round(index, phase, batches, relay))
+                if not self._is_whole:
+                    give_back()
+        records = [reduce(CalibrationRecord.merge, part) for part in parts]
+        if len(records) == 1:
+            return records[0]
+        return CalibrationRecord.join(records, spec.taps.tensors)
 
-    def _values(self, feeds: Feeds) -> dict[str, NDArray[np.float32]]:
-        values: dict[str, NDArray[np.float32]] = {}
-        if self._fetched:
-            outputs = run(self._session, [p.output for p in self._fetched], dict(feeds))
-            values.update(zip((p.tensor for p in self._fetched), outputs, strict=True))
-        values.update((p.tensor, feeds[p.tensor]) for p in self._spec.taps.points if p.is_input)
-        return values
+    def _load(self, index: int) -> ort.InferenceSession | None:
+        """The session of a segment; None where nothing of it is wanted but its inputs."""
+        segment = self._spec.segments[index]
+        if not self._outputs(index) and not segment.sends and not segment.hands:
+            return None
+        open_session = frugal_session if segment.is_frugal else measuring_session
+        return open_session(segment.graph_bytes, self._spec.data_folder, self._spec.execution)
+
+    def _outputs(self, index: int) -> tuple[str, ...]:
+        """What a segment has to put out for its taps."""
+        points = (self._points[tensor] for tensor in self._spec.segments[index].tensors)
+        return tuple(point.output for point in points if not point.is_input)
+
+    def _round(
+        self, index: int, phase: int | None, batches: Sequence[Batch], relay: Relay
+    ) -> CalibrationRecord:
+        """All micro-batches through one segment."""
+        spec = self._spec
+        segment = spec.segments[index]
+        session = self._kept if self._is_whole else self._load(index)
+        accumulator = Accumulator(segment.tensors, spec.statistics, spec.channel_axes)
+        for batch, (names, load) in enumerate(batches):
+            if batch not in relay:
+                relay.start(batch, load())
+            for number in relay.phases(batch, phase):
+                given = relay.take(batch, number, index)
+                made = self._run(index, session, given, relay.wanted(index))
+                relay.hand_on(batch, number, index, made)
+                self._count(accumulator, segment, given, made, names)
+            if phase is None or phase == 0:
+                accumulator.add_samples(len(names))
+        return accumulator.record()
+
+    def _run(
+        self,
+        index: int,
+        session: ort.InferenceSession | None,
+        given: Feeds,
+        wanted: tuple[str, ...],
+    ) -> dict[str, NDArray[Any]]:
+        fetched = list(dict.fromkeys((*self._outputs(index), *wanted)))
+        if session is None or not fetched:
+            return {}
+        segment = self._spec.segments[index]
+        reads = {name: given[name] for name in (*segment.feeds, *segment.receives) if name in given}
+        return dict(zip(fetched, run(session, fetched, reads), strict=True))
+
+    def _count(
+        self,
+        accumulator: Accumulator,
+        segment: Segment,
+        given: Feeds,
+        made: dict[str, NDArray[Any]],
+        names: tuple[str, ...],
+    ) -> None:
+        """Add the tapped tensors, each let go once it is read. Empties ``made`` of them."""
+        padding, refuse_nan = self._spec.padding, self._spec.on_nan == "error"
+        for row, tensor in enumerate(segment.tensors):
+            point = self._points[tensor]
+            found = given[tensor] if point.is_input else made.pop(point.output)
+            values = as_float32(found)
+            kept = padding.kept(given, tensor, values.shape) if padding is not None else None
+            accumulator.add(row, values, kept)
+            if refuse_nan and accumulator.n_nan(row):
+                raise _nan_error(tensor, values, names, accumulator.n_nan(row))
 
 
-_QUIET_NAN_BINS = (0x7FC0, 0xFFC0)
-
-
-def _refuse_nan(taps: TapTable, tables: list[NDArray[np.uint64]], names: tuple[str, ...]) -> None:
-    for point, table in zip(taps.points, tables, strict=True):
-        n_nan = sum(int(table[b]) for b in _QUIET_NAN_BINS)
-        if n_nan:
-            raise DataError(
-                "QD309",
-                where=f"tensor {point.tensor}, sample {' or '.join(names)}",
-                got=f"{n_nan} NaN",
-                expected="finite activations from the float model",
-                mend="leave the sample out, mend the model, or set calibration.on_nan=report",
-            )
+def _nan_error(
+    tensor: str, values: NDArray[np.float32], names: tuple[str, ...], n_nan: int
+) -> DataError:
+    """Names the samples that hold NaN, where the tensor has a batch axis; else all of them."""
+    where = " or ".join(names)
+    if values.ndim and len(values) == len(names):
+        held = [bool(np.isnan(part).any()) for part in values]
+        guilty = [name for name, bad in zip(names, held, strict=True) if bad]
+        where = " and ".join(guilty) or where
+    return DataError(
+        "QD309",
+        where=f"tensor {tensor}, sample {where}",
+        got=f"{n_nan} NaN",
+        expected="finite activations from the float model",
+        mend="leave the sample out, mend the model, or set calibration.on_nan=report",
+    )

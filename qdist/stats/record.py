@@ -1,62 +1,82 @@
-"""Histograms of many tensors as one mergeable value.
+"""Statistics of many tensors as one mergeable value.
 
 Laws (tested in ``tests/laws``): merging is associative and commutative, `CalibrationRecord.empty`
-is its identity, and the record of a concatenation is the merge of the records.
+is its identity, the record of a concatenation is the merge of the records, and a record measured
+at once is the join of records of its columns. Equal statistics have equal digests, however they
+were put together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qdist.digest import canonical_json, digest_bytes
-from qdist.stats import grid
-from qdist.stats.histogram import Histogram
-from qdist.stats.kernels import merge_sorted
+from qdist.digest import canonical_json, digest_arrays, digest_bytes
+from qdist.stats import channels, entries, grid, groups, largest, layout, values
+from qdist.stats.channels import NO_AXIS, ChannelColumns, Channels
+from qdist.stats.counters import ROW_SLOTS, PagedCounters
+from qdist.stats.entries import Entries
+from qdist.stats.groups import GroupColumns, GroupHistograms
+from qdist.stats.histogram import Exact, Histogram
+from qdist.stats.largest import LargestColumns
+from qdist.stats.layout import Columns
+from qdist.stats.values import ValueColumns, ValueTable
 
-_ROW_SHIFT = 16
+ROW_SHIFT = 16
+IDENTITY = -1
+"""Limit of the columns of the identity, which merges with any others."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationRecord:
-    """Sparse histograms and extrema of ``n`` tensors over some samples.
+    """Statistics of ``n`` tensors over some samples.
 
-    ``tensors``: names of the rows. ``keys`` int64[m], ascending and unique: row * 65536 + bin.
-    ``counts`` uint64[m]. ``extrema`` float32[n, 2]: exact finite minimum and maximum
-    (``[inf, -inf]`` for a row without finite values). ``n_samples``: samples measured.
+    ``tensors``: names of the rows. ``histograms``: keys ``row << 16 | bin``. ``extrema``
+    float32[n, 2]: exact finite minimum and maximum (``[inf, -inf]`` for a row without finite
+    values). ``n_samples``: samples measured. The other columns: see their classes.
     """
 
     tensors: tuple[str, ...]
-    keys: NDArray[np.int64]
-    counts: NDArray[np.uint64]
+    histograms: Entries
     extrema: NDArray[np.float32]
     n_samples: int
+    largest_values: LargestColumns
+    values: ValueColumns
+    channel_extrema: ChannelColumns
+    grouped: GroupColumns
     _rows: dict[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         n = len(self.tensors)
-        if self.extrema.shape != (n, 2) or self.keys.shape != self.counts.shape:
-            raise ValueError(
-                f"{n} tensors, extrema {self.extrema.shape}, keys {self.keys.shape}, "
-                f"counts {self.counts.shape} do not fit together"
-            )
+        found = (
+            self.extrema.shape,
+            self.largest_values.offsets.shape,
+            self.values.overflowed.shape,
+            self.channel_extrema.sizes.shape,
+        )
+        if found != ((n, 2), (n + 1,), (n,), (n,)):
+            raise ValueError(f"{n} tensors and columns of shapes {found} do not fit together")
         object.__setattr__(self, "_rows", {name: i for i, name in enumerate(self.tensors)})
 
     @classmethod
     def empty(cls, tensors: Iterable[str]) -> CalibrationRecord:
-        """The record of no samples: the identity of `merge`."""
+        """The record of no samples: the identity of `merge`, whatever the other gathered."""
         names = tuple(tensors)
-        extrema = np.tile(np.array([np.inf, -np.inf], np.float32), (len(names), 1))
+        n = len(names)
         return cls(
             tensors=names,
-            keys=np.zeros(0, np.int64),
-            counts=np.zeros(0, np.uint64),
-            extrema=extrema,
+            histograms=Entries.empty(),
+            extrema=np.tile(np.array([np.inf, -np.inf], np.float32), (n, 1)),
             n_samples=0,
+            largest_values=LargestColumns.empty(n, IDENTITY),
+            values=ValueColumns.empty(n, IDENTITY),
+            channel_extrema=ChannelColumns.empty(np.full(n, NO_AXIS, np.int64)),
+            grouped=GroupColumns.empty(),
         )
 
     @classmethod
@@ -67,39 +87,100 @@ class CalibrationRecord:
         extrema: NDArray[np.float32],
         n_samples: int,
     ) -> CalibrationRecord:
-        """From one ``uint64[65536]`` table per tensor, in the order of ``tensors``."""
+        """Histograms and extrema alone: one ``uint64[65536]`` table per tensor, in their order."""
         names = tuple(tensors)
+        n = len(names)
         keys, counts = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
         for row, table in enumerate(tables):
             hit = np.flatnonzero(table)
-            keys.append(hit.astype(np.int64) + (row << _ROW_SHIFT))
+            keys.append(hit.astype(np.int64) + (row << ROW_SHIFT))
             counts.append(table[hit])
         return cls(
             tensors=names,
-            keys=np.concatenate(keys),
-            counts=np.concatenate(counts),
+            histograms=Entries(keys=np.concatenate(keys), counts=np.concatenate(counts)),
             extrema=extrema.astype(np.float32, copy=True),
             n_samples=n_samples,
+            largest_values=LargestColumns.empty(n, 0),
+            values=ValueColumns.empty(n, 0),
+            channel_extrema=ChannelColumns.empty(np.full(n, NO_AXIS, np.int64)),
+            grouped=GroupColumns.empty(),
         )
 
+    @property
+    def is_identity(self) -> bool:
+        """Whether this is what `empty` makes."""
+        return self.largest_values.limit == IDENTITY
+
     def merge(self, other: CalibrationRecord) -> CalibrationRecord:
-        """The record of both sets of samples. Raises `ValueError` for other tensors."""
+        """The record of both sets of samples.
+
+        Raises `ValueError` for other tensors, or where other statistics were gathered of them.
+        """
         if self.tensors != other.tensors:
             raise ValueError("records of different tensors do not merge")
-        keys, counts = merge_sorted(self.keys, self.counts, other.keys, other.counts)
-        extrema = np.stack(
-            [
-                np.minimum(self.extrema[:, 0], other.extrema[:, 0]),
-                np.maximum(self.extrema[:, 1], other.extrema[:, 1]),
-            ],
-            axis=1,
-        )
+        if self.is_identity:
+            return other
+        if other.is_identity:
+            return self
         return CalibrationRecord(
             tensors=self.tensors,
-            keys=keys,
-            counts=counts,
-            extrema=extrema,
+            histograms=self.histograms.merge(other.histograms),
+            extrema=channels.wider(self.extrema, other.extrema),
             n_samples=self.n_samples + other.n_samples,
+            largest_values=self.largest_values.merge(other.largest_values),
+            values=self.values.merge(other.values),
+            channel_extrema=self.channel_extrema.merge(other.channel_extrema),
+            grouped=self.grouped.merge(other.grouped),
+        )
+
+    def select(self, tensors: Iterable[str]) -> CalibrationRecord:
+        """Some of the tensors, in the order given. Raises `KeyError` for one that is not a row."""
+        names = tuple(tensors)
+        rows = [self._rows[name] for name in names]
+        return CalibrationRecord(
+            tensors=names,
+            histograms=self.histograms.take(rows, len(self.tensors), ROW_SHIFT),
+            extrema=self.extrema[np.asarray(rows, np.intp)],
+            n_samples=self.n_samples,
+            largest_values=self.largest_values.take(rows),
+            values=self.values.take(rows),
+            channel_extrema=self.channel_extrema.take(rows),
+            grouped=self.grouped.take(rows),
+        )
+
+    @classmethod
+    def join(
+        cls, records: Iterable[CalibrationRecord], tensors: Iterable[str]
+    ) -> CalibrationRecord:
+        """``tensors``, in that order, each from the first of the records that has it.
+
+        The records are of the same samples. Raises `ValueError` where their numbers of samples or
+        their limits differ, or there is no record; `KeyError` for a tensor that none has.
+        """
+        parts, wanted = list(records), tuple(tensors)
+        if not parts:
+            raise ValueError("no records to join")
+        if len({part.n_samples for part in parts}) != 1:
+            raise ValueError("records of different numbers of samples do not join")
+        row_of: dict[str, int] = {}
+        first = 0
+        for part in parts:
+            for row, name in enumerate(part.tensors):
+                row_of.setdefault(name, first + row)
+            first += len(part.tensors)
+        rows = [row_of[name] for name in wanted]
+        n_rows = [len(part.tensors) for part in parts]
+        sparse = ((part.histograms, n) for part, n in zip(parts, n_rows, strict=True))
+        grouped = ((part.grouped, n) for part, n in zip(parts, n_rows, strict=True))
+        return cls(
+            tensors=wanted,
+            histograms=entries.stacked(sparse, ROW_SHIFT).take(rows, first, ROW_SHIFT),
+            extrema=np.concatenate([part.extrema for part in parts])[np.asarray(rows, np.intp)],
+            n_samples=parts[0].n_samples,
+            largest_values=largest.stacked([part.largest_values for part in parts]).take(rows),
+            values=values.stacked([part.values for part in parts]).take(rows),
+            channel_extrema=channels.stacked([part.channel_extrema for part in parts]).take(rows),
+            grouped=groups.stacked(grouped).take(rows),
         )
 
     def __contains__(self, tensor: object) -> bool:
@@ -108,43 +189,94 @@ class CalibrationRecord:
     def histogram(self, tensor: str) -> Histogram:
         """The histogram of one row. Raises `KeyError` for a tensor that is not a row."""
         row = self._rows[tensor]
-        first = np.searchsorted(self.keys, row << _ROW_SHIFT)
-        last = np.searchsorted(self.keys, (row + 1) << _ROW_SHIFT)
+        found = self.histograms.row(row, ROW_SHIFT)
+        table = self.values.row(row)
+        if table is not None and table.values.size:
+            exact = Exact.of_table(table.values, table.counts)
+        else:
+            exact = Exact.of_largest(self.largest(tensor), self.largest_values.limit)
         return Histogram(
-            bins=(self.keys[first:last] & 0xFFFF).astype(np.uint16),
-            counts=self.counts[first:last],
+            bins=found.keys.astype(np.uint16),
+            counts=found.counts,
             minimum=float(self.extrema[row, 0]),
             maximum=float(self.extrema[row, 1]),
+            exact=exact,
+        )
+
+    def largest(self, tensor: str) -> NDArray[np.float32]:
+        """The finite values of largest magnitude, signs kept, repeated ones repeated.
+
+        float32[at most n_largest], by descending magnitude, of two equal ones the negative first.
+        """
+        return largest.values_of(self.largest_values.row(self._rows[tensor]))
+
+    def value_table(self, tensor: str) -> ValueTable | None:
+        """Every distinct value with its count; None when there were too many."""
+        return self.values.row(self._rows[tensor])
+
+    def channels(self, tensor: str) -> Channels | None:
+        """Extrema per channel; None when not gathered, never seen, or the axis size varied."""
+        row = self._rows[tensor]
+        if self.channel_extrema.sizes[row] <= 0:
+            return None
+        found = self.channel_extrema.row(row)
+        return Channels(minimum=found[:, 0], maximum=found[:, 1])
+
+    def groups(self, tensor: str) -> tuple[GroupHistograms, ...]:
+        """Group histograms, one set for each request that the tensor matched."""
+        return self.grouped.row(self._rows[tensor])
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What a store writes: the six arrays of `qdist.stats.layout`."""
+        return layout.pack(
+            Columns(
+                histograms=self.histograms,
+                extrema=self.extrema,
+                largest_values=self.largest_values,
+                values=self.values,
+                channel_extrema=self.channel_extrema,
+                grouped=self.grouped,
+            )
+        )
+
+    @classmethod
+    def from_arrays(
+        cls, tensors: Iterable[str], n_samples: int, arrays: Mapping[str, NDArray[Any]]
+    ) -> CalibrationRecord:
+        """From `arrays`. Raises `ValueError` when they are not a record of these tensors."""
+        names = tuple(tensors)
+        columns = layout.unpack(len(names), arrays)
+        return cls(
+            tensors=names,
+            histograms=columns.histograms,
+            extrema=columns.extrema,
+            n_samples=n_samples,
+            largest_values=columns.largest_values,
+            values=columns.values,
+            channel_extrema=columns.channel_extrema,
+            grouped=columns.grouped,
         )
 
     @cached_property
     def digest(self) -> str:
-        """Hex SHA-256 over names, counts, extrema and sample count: equal records, equal digest."""
+        """Hex SHA-256 over names, samples and all statistics: equal records, equal digest."""
         return digest_bytes(
             canonical_json(list(self.tensors)).encode(),
             str((grid.VERSION, self.n_samples)).encode(),
-            self.keys.tobytes(),
-            self.counts.tobytes(),
-            # Adding zero turns -0 into +0, so that bits agree whenever values do.
-            (self.extrema + np.float32(0)).tobytes(),
+            digest_arrays(self.arrays().items()).encode(),
         )
 
 
 def merge_all(records: Iterable[CalibrationRecord], tensors: Iterable[str]) -> CalibrationRecord:
-    """Merge any number of records as a balanced tree; none gives the empty record.
+    """Merge any number of records; none gives the empty record.
 
-    Takes the records one at a time and holds as many as their number has binary digits.
+    Linear in the entries of all: their counts go into counters one record after the other, and two
+    records are held at most. Raises `ValueError` as `CalibrationRecord.merge` does.
     """
-    subtrees: list[tuple[int, CalibrationRecord]] = []
+    names = tuple(tensors)
+    counters = PagedCounters(len(names))
+    merged = CalibrationRecord.empty(names)
     for record in records:
-        size = 1
-        while subtrees and subtrees[-1][0] == size:
-            record = subtrees.pop()[1].merge(record)
-            size *= 2
-        subtrees.append((size, record))
-    if not subtrees:
-        return CalibrationRecord.empty(tensors)
-    merged = subtrees.pop()[1]
-    while subtrees:
-        merged = subtrees.pop()[1].merge(merged)
-    return merged
+        counters.add(record.histograms.keys, record.histograms.counts)
+        merged = merged.merge(replace(record, histograms=Entries.empty()))
+    return replace(merged, histograms=counters.entries(0, len(names) * ROW_SLOTS))

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,20 @@ from typing import Any
 import pytest
 import ray
 
-from actors.pool import Completed, Event, Failed, Retried, WorkerJoined, WorkerLost, WorkerPool
+from actors.pool import (
+    Completed,
+    Duplicated,
+    Event,
+    Failed,
+    Retried,
+    WorkerJoined,
+    WorkerLost,
+    WorkerPool,
+)
+from actors.retry import RetryPolicy
 from actors.session import ClusterSpec, RaySession
-from qdist.errors import DataError, ModelError, QdistError
+from actors.stragglers import StragglerPolicy
+from qdist.errors import DataError, ModelError, QdistError, StoreError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +37,7 @@ class Task:
     number: int
     action: str = "square"
     marker: str = ""
+    seconds: float = 600.0
 
 
 class Probe:
@@ -45,6 +57,8 @@ class Probe:
             raise DataError(
                 "QD303", where=f"sample {task.number}", got="(1,)", expected="(2,)", mend="resize"
             )
+        if task.action == "store":
+            need_store(self.folder)
         if task.action == "raise":
             raise KeyError(f"no {task.number}")
         if task.action == "die":
@@ -55,6 +69,16 @@ class Probe:
             time.sleep(600)
         if task.action == "nap":
             time.sleep(0.2)
+        if task.action == "slow once":
+            with open(task.marker, "a", encoding="utf-8") as file:
+                file.write(f"{os.getpid()}\n")
+            if len(Path(task.marker).read_text().split()) == 1:
+                time.sleep(task.seconds)
+        if task.action == "raise on the first, slow":
+            if self._is_first(task):
+                time.sleep(1.5)
+                raise KeyError("the first copy")
+            time.sleep(2.5)
         if task.action == "environment":
             return sum(int(os.environ[f"{kind}_NUM_THREADS"]) for kind in ("OMP", "OPENBLAS"))
         return task.number**2
@@ -66,6 +90,22 @@ class Probe:
         except FileExistsError:
             return False
         return True
+
+
+def need_store(folder: Path) -> None:
+    """As a store does that is there when ``folder`` holds a file ``store``."""
+    if not (folder / "store").exists():
+        raise StoreError(
+            "QD408", where=str(folder), got="no store", expected="a store", mend="mount it"
+        )
+
+
+class StoreProbe(Probe):
+    """A worker that needs the store for its setup."""
+
+    def setup(self) -> dict[str, Any]:
+        need_store(self.folder)
+        return super().setup()
 
 
 class BrokenProbe(Probe):
@@ -96,7 +136,13 @@ MakePool = Callable[..., WorkerPool[Task, int]]
 @pytest.fixture
 def make_pool(cluster: RaySession, tmp_path: Path) -> MakePool:
     def make(
-        kind: type[Probe] = Probe, *, n_workers: int = 2, prefetch: int = 1, **spec: Any
+        kind: type[Probe] = Probe,
+        *,
+        n_workers: int = 2,
+        prefetch: int = 1,
+        policy: RetryPolicy | None = None,
+        duplicate: bool | StragglerPolicy = False,
+        **spec: Any,
     ) -> WorkerPool[Task, int]:
         values: dict[str, Any] = {"cpus_per_worker": 1, "ready_timeout_s": 30} | spec
         return WorkerPool(
@@ -104,6 +150,8 @@ def make_pool(cluster: RaySession, tmp_path: Path) -> MakePool:
             partial(kind, str(tmp_path), b"x" * 1000),
             name="probe",
             prefetch=prefetch,
+            policy=policy,
+            duplicate=duplicate,
         )
 
     return make
@@ -196,6 +244,16 @@ class TestWorkersThatLive:
         assert all(event.seconds >= 0.2 for event in events)
         assert sum(event.worker == "probe-0" for event in events) == 2
         assert sum(event.worker == "probe-1" for event in events) == 2
+
+    def test_nothing_runs_twice_unless_it_is_asked_for(
+        self, pool: WorkerPool[Task, int], folder: Path
+    ) -> None:
+        marker = folder / "starts"
+        pool.submit(Task(number=50, action="slow once", marker=str(marker), seconds=1.0))
+        for number in range(6):
+            pool.submit(Task(number=number))
+        assert not any(isinstance(event, Duplicated) for event in drain(pool))
+        assert len(marker.read_text().split()) == 1
 
     def test_bad_input_crosses_whole_and_is_not_retried(self, pool: WorkerPool[Task, int]) -> None:
         pool.submit(Task(number=7, action="bad input"))
@@ -297,6 +355,169 @@ def test_task_out_of_time_costs_its_worker_and_an_attempt(
     assert retried.attempt == 2
     assert "longer than 1 s" in retried.reason
     assert wait_until_gone(hung) == []
+
+
+EARLY = StragglerPolicy(factor=2.0, min_s=0.3, min_completed=2)
+
+
+class TestLateTasks:
+    """One pool whose tasks may run twice; the test that blocks a worker for good comes last."""
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def pool(
+        cluster: RaySession, tmp_path_factory: pytest.TempPathFactory
+    ) -> Iterator[WorkerPool[Task, int]]:
+        spec = ClusterSpec(address=None, n_workers=2, cpus_per_worker=1, max_attempts=2)
+        make = partial(Probe, str(tmp_path_factory.mktemp("late")), b"")
+        with WorkerPool(spec, make, name="probe", duplicate=EARLY) as pool:
+            yield pool
+
+    def test_second_answer_is_dropped_and_its_worker_works_on(
+        self, pool: WorkerPool[Task, int], tmp_path: Path
+    ) -> None:
+        slow = Task(number=50, action="slow once", marker=str(tmp_path / "starts"), seconds=1.5)
+        for task in (slow, Task(number=1), Task(number=2)):
+            pool.submit(task)
+        events = drain(pool)
+        assert results(events) == {1: 1, 2: 4, 50: 2500}
+        # Long enough for the second answer to come in.
+        for number in range(10, 22):
+            pool.submit(Task(number=number, action="nap"))
+        more = drain(pool)
+        assert results(more) == {number: number**2 for number in range(10, 22)}
+        assert {e.worker for e in more if isinstance(e, Completed)} == {"probe-0", "probe-1"}
+        (node,) = pool.nodes()
+        assert node.n_completed == 15
+        assert node.busy_s >= 1.5 + 12 * 0.2
+
+    def test_copy_goes_on_when_the_first_one_fails(
+        self, pool: WorkerPool[Task, int], tmp_path: Path
+    ) -> None:
+        slow = Task(number=50, action="raise on the first, slow", marker=str(tmp_path / "started"))
+        for task in (slow, Task(number=1), Task(number=2)):
+            pool.submit(task)
+        events = drain(pool)
+        assert results(events) == {1: 1, 2: 4, 50: 2500}
+        (retried,) = [event for event in events if isinstance(event, Retried)]
+        assert "the first copy" in retried.reason
+        assert "its copy goes on" in retried.reason
+        duplicated = [event.task for event in events if isinstance(event, Duplicated)]
+        assert duplicated.count(slow) == 1
+
+    def test_first_answer_counts_and_nothing_waits_behind_what_is_late(
+        self, pool: WorkerPool[Task, int], tmp_path: Path
+    ) -> None:
+        marker = tmp_path / "starts"
+        slow = Task(number=50, action="slow once", marker=str(marker))
+        for task in (slow, *(Task(number=number) for number in range(6))):
+            pool.submit(task)
+        events = drain(pool)
+        assert results(events) == {number: number**2 for number in [*range(6), 50]}
+        assert not any(isinstance(event, Retried | WorkerLost) for event in events)
+        assert pool.n_workers_alive == 2, "the worker that is late is left alone"
+        duplicated = [event for event in events if isinstance(event, Duplicated)]
+        assert slow in {event.task for event in duplicated}
+        (other,) = {event.worker for event in duplicated}
+        (late,) = {"probe-0", "probe-1"} - {other}
+        assert all(late in event.reason for event in duplicated)
+        answers = {e.task: e.worker for e in events if isinstance(e, Completed)}
+        assert all(answers[event.task] == other for event in duplicated)
+        assert len(set(marker.read_text().split())) == 2, "it ran in two processes"
+        # The worker that is still at it gets nothing that would have to wait there.
+        assert pool.n_idle == 1
+        for number in range(100, 108):
+            pool.submit(Task(number=number))
+        more = drain(pool)
+        assert results(more) == {number: number**2 for number in range(100, 108)}
+        assert {e.worker for e in more if isinstance(e, Completed)} == {other}
+
+
+def test_copy_that_kills_its_worker_as_the_first_did_ends_with_an_error(
+    make_pool: MakePool, tmp_path: Path
+) -> None:
+    task = Task(number=50, action="hang once", marker=str(tmp_path / "hung"))
+    # Without the file, the copy hangs as well, and both run out of time.
+    with make_pool(duplicate=EARLY, max_attempts=1, task_timeout_s=2.0) as pool:
+        for other in (task, Task(number=1), Task(number=2)):
+            pool.submit(other)
+        events: Events = []
+        while not any(isinstance(event, Duplicated) for event in events):
+            (tmp_path / "hung").unlink(missing_ok=True)
+            if (event := pool.next_event(0.05)) is not None:
+                events.append(event)
+        events += drain(pool)
+    finals = [event for event in events if isinstance(event, Completed | Failed)]
+    assert sorted(event.task.number for event in finals) == [1, 2, 50], "each reported once"
+    (failed,) = [event for event in events if isinstance(event, Failed)]
+    assert failed.error.code == "QD803"
+    assert "longer than 2 s" in failed.error.got
+
+
+QUICK = RetryPolicy(max_attempts=1, backoff_s=0.2, max_backoff_s=0.4, patience_s=20.0)
+
+
+def test_store_out_of_reach_costs_no_attempt(make_pool: MakePool, tmp_path: Path) -> None:
+    with make_pool(policy=QUICK) as pool:
+        for number in range(8):
+            pool.submit(Task(number=number, action="store"))
+        events: Events = []
+        while sum(isinstance(event, Retried) for event in events) < 6:
+            event = pool.next_event(5.0)
+            assert event is not None
+            events.append(event)
+        assert pool.n_idle == 0
+        assert not any(isinstance(event, Completed | Failed) for event in events)
+        (tmp_path / "store").touch()
+        events += drain(pool)
+    assert results(events) == {number: number**2 for number in range(8)}
+    retried = [event for event in events if isinstance(event, Retried)]
+    assert all(event.attempt == 1 for event in retried)
+    assert all("QD408 the store cannot be reached" in event.reason for event in retried)
+    assert all("next try in" in event.reason for event in retried)
+    assert len({event.task for event in retried[4:]}) == 1, "one task finds out for all"
+
+
+def test_store_that_stays_out_of_reach_is_the_error_as_it_is(
+    make_pool: MakePool, tmp_path: Path
+) -> None:
+    policy = RetryPolicy(backoff_s=0.1, max_backoff_s=0.2, patience_s=1.0)
+    with make_pool(n_workers=1, policy=policy) as pool:
+        for number in range(6):
+            pool.submit(Task(number=number, action="store"))
+        events = drain(pool)
+    failed = [event for event in events if isinstance(event, Failed)]
+    assert len(failed) == 6
+    assert {(event.error.code, event.error.mend) for event in failed} == {("QD408", "mount it")}
+    assert sum(isinstance(event, Retried) for event in events) >= 5
+
+
+def test_worker_whose_setup_needs_the_store_waits_for_it(
+    make_pool: MakePool, tmp_path: Path
+) -> None:
+    (tmp_path / "store").touch()
+    with make_pool(StoreProbe, n_workers=1, policy=replace(QUICK, max_attempts=2)) as pool:
+        pool.submit(Task(number=1, action="die once", marker=str(tmp_path / "died")))
+        events: Events = []
+        while not any(isinstance(event, WorkerLost) for event in events):
+            (tmp_path / "store").unlink(missing_ok=True)
+            event = pool.next_event(10.0)
+            assert event is not None
+            events.append(event)
+        while not any("QD408" in e.reason for e in events if isinstance(e, WorkerLost)):
+            event = pool.next_event(20.0)
+            assert event is not None
+            events.append(event)
+        (tmp_path / "store").touch()
+        events += drain(pool)
+    assert results(events) == {1: 1}
+
+
+def test_pool_does_not_open_without_the_store(make_pool: MakePool) -> None:
+    policy = RetryPolicy(backoff_s=0.2, patience_s=0.5)
+    with pytest.raises(StoreError) as caught, make_pool(StoreProbe, n_workers=1, policy=policy):
+        pytest.fail("the pool opened")
+    assert caught.value.code == "QD408"
 
 
 def test_no_worker_left_raises_qd804(make_pool: MakePool) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from actors.session import (
     ClusterSpec,
     RaySession,
     count_places,
+    crowding_notes,
+    machine_cores,
     ray_session,
     worker_runtime_env,
 )
@@ -211,6 +214,32 @@ def test_places_on_nodes(
     assert count_places(needs, nodes) == n_places
 
 
+@pytest.mark.parametrize(
+    ("n_workers", "cpus_per_worker", "n_cores", "is_crowded"),
+    [(2, 1, 2, False), (3, 1, 2, True), (2, 2, 2, True), (4, 0.25, 2, True), (2, 0.25, 2, False)],
+)
+def test_workers_that_share_cores_are_noted(
+    n_workers: int, cpus_per_worker: float, n_cores: int, is_crowded: bool
+) -> None:
+    spec = ClusterSpec(address=None, n_workers=n_workers, cpus_per_worker=cpus_per_worker)
+    notes = crowding_notes(spec, n_cores=n_cores)
+    assert len(notes) == is_crowded
+    assert all(f"{n_workers} workers" in note and f"{n_cores} cores" in note for note in notes)
+    elsewhere = replace(spec, address="head:6379")
+    assert crowding_notes(elsewhere, n_cores=n_cores) == (), "its nodes know what they have"
+    assert 1 <= machine_cores() <= (os.cpu_count() or 1)
+
+
+def test_a_session_notes_more_workers_than_cores(
+    cluster: RaySession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = ClusterSpec(address=None, n_workers=2, cpus_per_worker=1)
+    monkeypatch.setattr("actors.session.machine_cores", lambda: 1)
+    with ray_session(spec) as session:
+        assert session.notes == crowding_notes(spec, n_cores=1)
+        assert len(session.notes) == 1
+
+
 def test_worker_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
     local = ClusterSpec(
@@ -235,6 +264,8 @@ def test_worker_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("memory_bytes_per_worker", 0),
         ("ready_timeout_s", 0),
         ("task_timeout_s", -1),
+        ("store_patience_s", -1),
+        ("store_patience_s", float("nan")),
     ],
 )
 def test_spec_refuses_numbers_out_of_range(name: str, value: float) -> None:

@@ -18,7 +18,7 @@ from qdist.model.loading import load_model
 from qdist.plan.choice import LayerChoice
 from qdist.plan.planner import Planner
 from qdist.search.trial import Candidate, Trial
-from qdist.store.zarr_store import ZarrStore
+from qdist.store.zarr_store import create_store
 from tests.onnx_models import ANY_TARGET, EXECUTION, samples_of
 
 CNN = demo_file("digits_cnn.onnx")
@@ -56,7 +56,7 @@ def test_a_candidate_that_the_target_refuses_is_a_failed_trial(
     graph = Graph(frozen)
     job = prepare(frozen, source, CalibrationSettings(), EXECUTION, graph=graph)
     merged = calibrate_here(
-        job, source, ZarrStore.create(tmp_path / "store", job.identity, job.taps)
+        job, source, create_store(tmp_path / "store", job.identity)
     )
     planner = Planner(graph, merged.record, job.taps)
     strategy = Rounds([layer.name for layer in planner.layers])

@@ -16,6 +16,7 @@ from qdist.cli.compose import register_resolvers, validated
 from qdist.cli.groups import choices, config_folder
 from qdist.cli.help import EXAMPLES, command_help
 from qdist.cli.schema import COMMANDS, IDENTITY_KEYS, NOT_IDENTITY_KEYS, CalibrateSettings
+from qdist.errors import ConfigError
 from tests.command_line import CHECKOUT, check_error, here, left_behind, succeed
 
 GROUPS = sorted(path.name for path in (CHECKOUT / "conf").iterdir() if path.is_dir())
@@ -85,9 +86,17 @@ def _domain_values(settings: schema.CommandSettings) -> None:
     domain.execution(settings.model)
     domain.tracking(settings.tracking)
     data = getattr(settings, "data", None)
-    if data is not None:
+    brings_own = isinstance(
+        getattr(data, "calibration", None), schema.CapturedSamples | schema.RandomSamples
+    )
+    if data is not None and not brings_own:
         domain.source(data.calibration)
         domain.evaluation_source(data)
+    if brings_own:
+        # Captured and random samples are of one model's inputs, and no evaluation set.
+        with pytest.raises(ConfigError, match=r"QD105.*data\.evaluation"):
+            domain.evaluation_source(data)
+        data = None
     for name, make in (
         ("calibration", domain.calibration),
         ("quantization", domain.default_choice),
@@ -97,6 +106,8 @@ def _domain_values(settings: schema.CommandSettings) -> None:
         ("cluster", domain.cluster),
         ("evaluation", lambda config: domain.evaluation(config, data)),
     ):
+        if brings_own and name == "evaluation":
+            continue
         if hasattr(settings, name):
             make(getattr(settings, name))
 
@@ -174,6 +185,11 @@ def test_a_folder_of_groups_named_by_the_environment_is_used(
         "shard_samples": None,
         "taps": "all",
         "on_nan": "error",
+        "memory_budget": None,
+        "groups": [],
+        "blocks": 1,
+        "sequence_axes": {},
+        "early_stop": None,
     }
     assert "default, tiny" in succeed("calibrate", "--help").replace("compute, ", "")
     monkeypatch.setenv("QDIST_CONFIG", str(tmp_path))

@@ -26,7 +26,7 @@ from qdist.model.graph import Graph
 from qdist.model.loading import load_model
 from qdist.plan.choice import LayerChoice
 from qdist.plan.planner import Planner
-from qdist.store.zarr_store import ZarrStore
+from qdist.store.zarr_store import ZarrStore, create_store, open_store
 from tests.command_line import command, environment, here, succeed
 from tests.onnx_models import EXECUTION
 
@@ -49,7 +49,7 @@ def job_of(shard_samples: int = 16, micro_batch: int = 1) -> CalibrationJob:
 
 
 def store_of(path: Path, job: CalibrationJob) -> ZarrStore:
-    return ZarrStore.create(path, job.identity, job.taps)
+    return create_store(path, job.identity)
 
 
 def plan_digest(job: CalibrationJob, merged: Merged) -> str:
@@ -110,7 +110,7 @@ def test_a_worker_that_is_killed_in_the_middle_changes_no_bit(
     assert (merged.record.digest, plan_digest(job, merged)) == expected
     said = "\n".join(state.message for state in states if state.message)
     assert "is gone" in said
-    assert "goes to another worker" in said
+    assert "is tried again" in said
     assert f"pid {killed[0]}" in said
     assert states[-1].done == states[-1].total == 160
     assert [state.n_merged for state in states if state.n_records == 80] == [*range(1, 81)]
@@ -124,10 +124,9 @@ def test_a_damaged_record_is_measured_again_in_the_same_run(
 ) -> None:
     job = job_of()
     calibrate_here(job, SOURCE, store_of(tmp_path / "s", job))
-    shutil.rmtree(tmp_path / "s/merged")
+    shutil.rmtree(tmp_path / "s/merges")
     damaged = sorted((tmp_path / "s/records").iterdir())[3]
-    for path in damaged.glob("*/count/c/*"):
-        path.write_bytes(b"x")
+    damaged.write_bytes(b"x")
     states: list[CalibrationProgress] = []
     merged = run(tmp_path / "s", 1, job, states.append)
     assert (merged.record.digest, plan_digest(job, merged)) == expected
@@ -199,8 +198,8 @@ def driver(tmp_path: Path) -> Iterator[Driver]:
 
 def finished(folder: Path) -> dict[str, int]:
     """Receipt -> when it was written, in nanoseconds."""
-    paths = (folder / "s.zarr/receipts").glob("*/zarr.json")
-    return {path.parent.name: path.stat().st_mtime_ns for path in paths}
+    paths = (folder / "s.zarr/receipts").glob("*.json")
+    return {path.stem: path.stat().st_mtime_ns for path in paths}
 
 
 def wait_for_shards(driver: Driver, folder: Path, n: int) -> None:
@@ -266,7 +265,7 @@ def test_ctrl_c_ends_everything_and_keeps_what_is_done(driver: Driver, tmp_path:
     assert "Traceback" not in text
     n_done = len(finished(tmp_path))
     assert 5 <= n_done < 80
-    store = ZarrStore.open(tmp_path / "s.zarr")
+    store = open_store(tmp_path / "s.zarr")
     assert len(store.receipts()) == n_done
     for receipt in store.receipts():
         assert store.read(receipt).digest == receipt.record_digest

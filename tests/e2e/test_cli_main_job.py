@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from actors.session import RaySession
 from qdist.demo import demo_file
 from qdist.plan.plan import load_plan
-from qdist.store.zarr_store import ZarrStore
+from qdist.store.zarr_store import open_store
 from tests.command_line import here, succeed
 
 N_TRIALS = 8
@@ -147,7 +147,7 @@ def runs_of(job: Job) -> tuple[Any, list[Any]]:
 
 def test_mlflow_has_one_parent_and_a_child_for_every_trial(job: Job) -> None:
     parent, children = runs_of(job)
-    store = ZarrStore.open(job.folder / "calibration.zarr")
+    store = open_store(job.folder / "calibration.zarr")
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["qdist.model_digest"] == store.identity.model_digest
     assert len(parent.data.tags["qdist.data_digest"]) == 64

@@ -31,7 +31,7 @@ from qdist.model.session import Execution, run, scoring_session
 from qdist.plan.choice import LayerChoice
 from qdist.plan.planner import Planner
 from qdist.plan.target import Target
-from qdist.store.zarr_store import ZarrStore
+from qdist.store.zarr_store import create_store, open_store
 
 WIDTH = 8192
 N_LAYERS = 10
@@ -92,15 +92,15 @@ def prepared(folder: Path) -> tuple[FrozenModel, ArraySource]:
 def calibrate(folder: Path) -> None:
     frozen, source = prepared(folder)
     job = prepare(frozen, source, CalibrationSettings(), EXECUTION)
-    store = ZarrStore.create(folder / "store", job.identity, job.taps)
+    store = create_store(folder / "store", job.identity)
     calibrate_here(job, source, store)
 
 
 def quantize(folder: Path) -> None:
     frozen, _ = prepared(folder)
-    store = ZarrStore.open(folder / "store")
-    record, _ = store.latest()
-    planner = Planner(Graph(frozen), record, store.taps)
+    store = open_store(folder / "store")
+    merge = store.latest()
+    planner = Planner(Graph(frozen), merge.record, merge.taps)
     plan = planner.plan({layer.name: LayerChoice() for layer in planner.layers})
     target = Target(name="any", precisions=("int8",))
     emit_qdq(frozen, target.project(plan), folder / "out" / "quantized.onnx", check=True)

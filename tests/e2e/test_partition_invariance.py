@@ -15,7 +15,7 @@ from qdist.calibration import (
     Merged,
     calibrate_here,
     finish,
-    load_batch,
+    load_phases,
     open_shards,
     prepare,
     run_shard,
@@ -31,7 +31,7 @@ from qdist.plan.choice import LayerChoice
 from qdist.plan.planner import Planner
 from qdist.stats import grid
 from qdist.stats.observer import Observer
-from qdist.store.zarr_store import ZarrStore
+from qdist.store.zarr_store import ZarrStore, create_store
 from tests.onnx_models import EXECUTION
 
 DEMO = Path(__file__).resolve().parents[2] / "qdist" / "demo"
@@ -82,7 +82,7 @@ def expected(name: str) -> list[str]:
     """No shards, no store, no merge: one observer sees every micro-batch in order."""
     job = job_for(name, N_SAMPLES)
     record = Observer(job.observer).observe(
-        [(batch.keys, partial(load_batch, batch, SOURCE, job.inputs)) for batch in job.grid]
+        [(batch.keys, partial(load_phases, batch, SOURCE, job.inputs)) for batch in job.grid]
     )
     return digests(name, job, Merged(record=record, n_shards=1, notes=()))
 
@@ -93,7 +93,7 @@ def test_shards_of_any_size_in_any_order_give_the_same_bits(
     name: str, shard_samples: int | None, tmp_path: Path
 ) -> None:
     job = job_for(name, shard_samples)
-    store = ZarrStore.create(tmp_path / "store", job.identity, job.taps)
+    store = create_store(tmp_path / "store", job.identity)
     shards = list(open_shards(job, store))
     assert len(shards) == -(-N_SAMPLES // (shard_samples or 16))
     random.Random(shard_samples or 0).shuffle(shards)
@@ -101,7 +101,8 @@ def test_shards_of_any_size_in_any_order_give_the_same_bits(
     merged = finish(job, store)
     assert merged.n_shards == len(shards)
     assert digests(name, job, merged) == expected(name)
-    record, about = store.latest()
+    latest = store.latest()
+    record, about = latest.record, latest.about
     assert record.digest == merged.record.digest
     assert record.n_samples == N_SAMPLES
     assert about["n_shards"] == len(shards)
@@ -114,13 +115,13 @@ def test_a_calibration_that_was_interrupted_goes_on_to_the_same_bits(
     """Interrupted twice, and resumed with another shard size each time."""
     for shard_samples, n_done in ((16, 1), (4, 3)):
         job = job_for(name, shard_samples)
-        store = ZarrStore.create(tmp_path / "store", job.identity, job.taps)
+        store = create_store(tmp_path / "store", job.identity)
         measure(job, store, list(open_shards(job, store))[-n_done:])
         with pytest.raises(StoreError) as caught:
             finish(job, store)
         assert caught.value.code == "QD402"
     job = job_for(name, 40)
-    store = ZarrStore.create(tmp_path / "store", job.identity, job.taps)
+    store = create_store(tmp_path / "store", job.identity)
     n_left = sum(shard.n_samples for shard in open_shards(job, store))
     assert n_left == N_SAMPLES - 10 - 12
     merged = calibrate_here(job, SOURCE, store)
@@ -132,7 +133,7 @@ def test_a_calibration_that_was_interrupted_goes_on_to_the_same_bits(
 @each_model
 def test_shards_that_were_measured_twice_count_once(name: str, tmp_path: Path) -> None:
     job = job_for(name, 16)
-    store = ZarrStore.create(tmp_path / "store", job.identity, job.taps)
+    store = create_store(tmp_path / "store", job.identity)
     shards = list(open_shards(job, store))
     measure(job, store, [*shards[:2], *shards[:2]])
     # As another driver with another shard size does at the same time.
@@ -147,7 +148,7 @@ def test_shards_that_were_measured_twice_count_once(name: str, tmp_path: Path) -
 def test_the_record_of_the_input_is_that_of_the_samples(name: str, tmp_path: Path) -> None:
     """Against the data itself, in plain NumPy."""
     job = job_for(name, 16)
-    store = ZarrStore.create(tmp_path / "store", job.identity, job.taps)
+    store = create_store(tmp_path / "store", job.identity)
     histogram = calibrate_here(job, SOURCE, store).record.histogram("images")
     with np.load(DEMO / "digits.npz") as archive:
         images = archive["calibration_images"][:N_SAMPLES].astype(np.float32)
@@ -162,10 +163,10 @@ def test_the_record_of_the_input_is_that_of_the_samples(name: str, tmp_path: Pat
 def test_fewer_samples_give_other_statistics(name: str, tmp_path: Path) -> None:
     """So that equal digests above mean something."""
     job = job_for(name, 16)
-    store = ZarrStore.create(tmp_path / "store", job.identity, job.taps)
+    store = create_store(tmp_path / "store", job.identity)
     (first, *_) = open_shards(job, store)
     record = Observer(job.observer).observe(
-        [(batch.keys, partial(load_batch, batch, SOURCE, job.inputs)) for batch in first.batches]
+        [(batch.keys, partial(load_phases, batch, SOURCE, job.inputs)) for batch in first.batches]
     )
     found = digests(name, job, Merged(record=record, n_shards=1, notes=()))
     assert all(one != other for one, other in zip(found, expected(name), strict=True))

@@ -17,7 +17,8 @@ from qdist.calibration import first_feeds, input_specs
 from qdist.data.source import Feeds
 from qdist.emit.qdq import emit_qdq
 from qdist.evaluate.builtin import Runner
-from qdist.model.freeze import freeze, frozen_difference
+from qdist.model.difference import frozen_difference
+from qdist.model.freeze import freeze
 from qdist.model.graph import Graph
 from qdist.model.loading import load_model
 from qdist.model.taps import find_taps

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from PIL import Image
 from qdist.data.arrays import ArraySource
 from qdist.data.images import ImageSource
 from qdist.data.manifest import SampleManifest, check_unchanged, default_probe
+from qdist.data.shards import micro_batches
 from qdist.errors import DataError, StoreError
 
 
@@ -58,6 +60,33 @@ def test_a_replaced_file_leaves_an_absent_sample_and_adds_a_new_one(folder: Path
     assert second.absent == (first.ids[1],)
     assert [entry.key for entry in second.generations[1]] == ["m1.png"]
     assert second.ids[:4] == first.ids
+
+
+def test_a_sample_that_is_left_out_changes_the_digest_until_it_comes_back(folder: Path) -> None:
+    first = SampleManifest.first(_source(folder))
+    assert first.present == first.generations[0]
+    (folder / "m2.png").rename(folder / "m2.hidden")
+    less = first.extend(_source(folder))
+    assert less.ids == first.ids
+    assert [entry.key for entry in less.present] == ["m0.png", "m1.png", "m3.png"]
+    assert less.digest != first.digest
+    assert [batch.keys for batch in micro_batches(less, 2)] == [("m0.png", "m1.png"), ("m3.png",)]
+    (folder / "m2.hidden").rename(folder / "z.png")
+    back = less.extend(_source(folder))
+    assert back.digest == first.digest
+    assert [entry.key for entry in back.present] == ["m0.png", "m1.png", "z.png", "m3.png"]
+
+
+def test_one_byte_changed_at_the_same_size_and_time_is_seen(folder: Path) -> None:
+    path = folder / "m1.png"
+    first, before = SampleManifest.first(_source(folder)), path.stat()
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    second = first.extend(_source(folder), probe="first")
+    assert second.absent == (first.ids[1],)
+    assert [entry.key for entry in second.generations[1]] == ["m1.png"]
 
 
 def test_duplicates_are_kept_once_and_named(folder: Path) -> None:
@@ -130,6 +159,8 @@ def test_damaged_manifests_are_refused(folder: Path) -> None:
         {**good, "generations": [[{**entry, "id": 3}]]},
         {**good, "generations": [[{**entry, "shapes": [1]}]]},
         {name: value for name, value in good.items() if name != "duplicates"},
+        {**good, "absent": ["0" * 64]},
+        {**good, "absent": [entry["id"] for entry in good["generations"][0]]},
     ]
     for value in bad:
         with pytest.raises(StoreError, match="QD403"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from qdist.data.arrays import ArraySource
 from qdist.data.manifest import SampleEntry, SampleManifest, Shapes
-from qdist.data.shards import MicroBatch, Shard, cut_shards, micro_batches, stack
+from qdist.data.shards import MicroBatch, Shard, cut_shards, equal_blocks, micro_batches, stack
 from qdist.data.source import Feeds
 from qdist.errors import ConfigError, DataError
 
@@ -108,3 +109,32 @@ def test_a_micro_batch_loads_what_the_manifest_saw_or_fails(tmp_path: Path) -> N
     np.save(tmp_path / "b.npy", rows + 1)
     with pytest.raises(DataError, match=r"QD306.*000000"):
         batch.load(ArraySource(path=tmp_path / "b.npy", inputs={"x": ""}))
+
+
+def test_buckets_gather_equal_shapes_within_a_generation() -> None:
+    manifest = _manifest([8, 4, 8, 4, 8], [4, 8])
+    batches = micro_batches(manifest, 2, bucketed=True)
+    assert [batch.keys for batch in batches] == [
+        ("k0", "k2"),
+        ("k4",),
+        ("k1", "k3"),
+        ("k5",),
+        ("k6",),
+    ]
+    less = replace(manifest, absent=(manifest.ids[2],))
+    assert [b.keys for b in micro_batches(less, 2, bucketed=True)][:2] == [("k0",), ("k4",)]
+
+
+def test_equal_blocks_count_the_samples_in_use() -> None:
+    manifest = _manifest([8] * 12)
+    assert equal_blocks(manifest, 3) == (range(4), range(4, 8), range(8, 12))
+    less = replace(manifest, absent=(manifest.ids[0],))
+    assert len(equal_blocks(less, 11)) == 11
+    with pytest.raises(DataError, match=r"QD311.*11 samples for 3.*use 1 or 11 blocks, or 9 or 12"):
+        equal_blocks(less, 3)
+    with pytest.raises(DataError, match=r"QD311.*3 samples for 4.*use 3 blocks, or 4 samples"):
+        equal_blocks(3, 4)
+    with pytest.raises(DataError, match="QD311"):
+        equal_blocks(0, 2)
+    with pytest.raises(ConfigError, match="QD104"):
+        equal_blocks(4, 0)

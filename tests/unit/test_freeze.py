@@ -16,7 +16,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from qdist.demo import demo_file
 from qdist.errors import ModelError
 from qdist.model import constants, rewrite, session
-from qdist.model.freeze import FrozenModel, _relative_l2, freeze, frozen_difference
+from qdist.model.difference import _relative_l2, frozen_difference
+from qdist.model.freeze import FrozenModel, freeze
 from qdist.model.loading import load_model
 from qdist.model.opset import raise_opset
 from qdist.model.session import measuring_session, run

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,36 +8,28 @@ import numpy as np
 import pytest
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from qdist.calibration import CalibrationSettings, calibrate_here, prepare
 from qdist.demo import demo_file
 from qdist.errors import ModelError
 from qdist.model import constants
 from qdist.model.freeze import FrozenModel, freeze
 from qdist.model.graph import Graph
-from qdist.model.layers import Layer, find_layers, view_source
+from qdist.model.layers import Layer, find_layers
 from qdist.model.loading import load_model
 from qdist.model.session import measuring_session, run
-from qdist.model.taps import TapTable, find_taps, tapped_graph
-from qdist.store.zarr_store import ZarrStore
+from qdist.model.taps import find_taps
+from qdist.model.views import view_source
 from tests.onnx_models import (
     EXECUTION,
     Array,
     floats,
-    frozen_from,
     integers,
     model,
     normal,
-    samples_of,
     value,
 )
+from tests.tapped import assert_taps_change_nothing, graph_of, node, tapped_values
 
-
-def node(op_type: str, inputs: list[str], outputs: list[str], name: str = "", **kw: Any) -> Any:
-    return helper.make_node(op_type, inputs, outputs, name, **kw)
-
-
-def graph_of(proto: ModelProto, folder: Path) -> Graph:
-    return Graph(frozen_from(proto, folder / "model.onnx"))
+MICROSOFT = "com.microsoft"
 
 
 def layers_of(graph: Graph) -> dict[str, Layer]:
@@ -227,6 +218,71 @@ def test_ordinary_pooling_powers_and_gates_are_not_marked(tmp_path: Path) -> Non
     assert [name for name, layer in found.items() if layer.is_statistics] == []
 
 
+@pytest.mark.parametrize(
+    ("layer", "activations", "weights"),
+    [
+        (node("LSTM", ["x", "w", "r", "b", "", "h", "c"], ["y"], "n"), "x h c", "w r"),
+        (node("GRU", ["x", "w", "r", "b", "", "h"], ["y"], "n"), "x h", "w r"),
+        (node("RNN", ["x", "w", "r", "b"], ["y"], "n"), "x", "w r"),
+        (node("Einsum", ["x", "h"], ["y"], "n", equation="a,b->ab"), "x h", ""),
+        (node("MatMulNBits", ["x", "q", "s"], ["y"], "n", domain=MICROSOFT), "x", ""),
+        (node("FusedMatMul", ["x", "w"], ["y"], "n", domain=MICROSOFT), "x", "w"),
+        (node("FusedMatMul", ["x", "h"], ["y"], "n", domain=MICROSOFT), "x h", ""),
+        (
+            node("Attention", ["x", "w", "b", "", "h", "c"], ["y"], "n", domain=MICROSOFT),
+            "x h",
+            "w",
+        ),
+        (node("Attention", ["x", "h", "c", "m"], ["y"], "n"), "x h c", ""),
+        (
+            node(
+                "GroupQueryAttention",
+                ["x", "h", "c", "p", "q", "l", "t"],
+                ["y"],
+                "n",
+                domain=MICROSOFT,
+            ),
+            "x h c p",
+            "",
+        ),
+        (
+            node(
+                "MultiHeadAttention",
+                ["x", "h", "c", "b", "", "m", "p"],
+                ["y"],
+                "n",
+                domain=MICROSOFT,
+            ),
+            "x h c p",
+            "",
+        ),
+        (node("MoE", ["x", "h", "w", "b", "r"], ["y"], "n", domain=MICROSOFT), "x", "w r"),
+        (node("SkipLayerNormalization", ["x", "h", "s"], ["y"], "n", domain=MICROSOFT), "x h", ""),
+    ],
+)
+def test_operators_of_sequences_and_contrib_operators_read_their_data(
+    layer: NodeProto, activations: str, weights: str, tmp_path: Path
+) -> None:
+    """Of which sizes the operands are is another matter: only who reads what."""
+    inputs = [value(name, None) for name in "xhcmp" if name in layer.input]
+    constants = {name: normal(2, 4, 4) for name in "wrbs" if name in layer.input}
+    integer = {name: integers([0]) for name in "qlt" if name in layer.input}
+    proto = model([layer], inputs, [value("y", None)], constants | integer, opset=23)
+    proto.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
+    frozen = FrozenModel(
+        graph_bytes=proto.SerializeToString(),
+        data_folder=tmp_path,
+        digest="",
+        source=tmp_path / "model.onnx",
+        source_digest="",
+        n_source_bytes=0,
+    )
+    (found,) = find_layers(Graph(frozen))
+    assert [entry.tensor for entry in found.activations] == activations.split()
+    assert [entry.tensor for entry in found.weights] == weights.split()
+    assert found.is_compute == (layer.op_type != "SkipLayerNormalization")
+
+
 # Taps.
 
 
@@ -326,24 +382,6 @@ def test_compute_taps_are_what_compute_layers_read_and_the_outputs(tmp_path: Pat
         find_taps(graph, "every")
 
 
-def test_tensors_inside_bodies_are_named_as_untapped(tmp_path: Path) -> None:
-    bodies = [
-        helper.make_graph([node(op, ["x"], [op])], op, [], [value(op, None)])
-        for op in ("Neg", "Abs")
-    ]
-    proto = model(
-        [node("If", ["flag"], ["y"], "choice", then_branch=bodies[0], else_branch=bodies[1])],
-        [value("x", [2]), value("flag", [], TensorProto.BOOL)],
-        [value("y", [2])],
-    )
-    taps = find_taps(graph_of(proto, tmp_path))
-    assert taps.tensors == ("x", "y")
-    assert taps.untapped == {
-        "Neg": "inside the body of If choice",
-        "Abs": "inside the body of If choice",
-    }
-
-
 def test_types_of_contrib_operators_come_from_the_runtime(tmp_path: Path) -> None:
     proto = model(
         [
@@ -377,24 +415,8 @@ def vit() -> FrozenModel:
     return freeze(load_model(demo_file("digits_vit.onnx")))
 
 
-def tapped_values(graph: Graph, taps: TapTable, feeds: dict[str, Array]) -> dict[str, Array]:
-    tapped = tapped_graph(graph, taps)
-    session = measuring_session(tapped, graph.model.data_folder, EXECUTION)
-    names = [p.tensor for p in taps.points if not p.is_input]
-    return dict(zip(names, run(session, names, feeds), strict=True))
-
-
 def test_one_tap_more_changes_no_bit_of_the_others(vit: FrozenModel) -> None:
-    graph = Graph(vit)
-    taps = find_taps(graph)
-    feeds = {"images": normal(4, 1, 8, 8)}
-    together = tapped_values(graph, taps, feeds)
-    assert len(together) >= 40
-    for point in taps.points:
-        if point.is_input:
-            continue
-        alone = tapped_values(graph, replace(taps, points=(point,)), feeds)
-        np.testing.assert_array_equal(alone[point.tensor], together[point.tensor], strict=True)
+    assert len(assert_taps_change_nothing(Graph(vit), {"images": normal(4, 1, 8, 8)})) >= 40
 
 
 def test_taps_of_the_frozen_model_are_the_tensors_that_the_model_outputs(vit: FrozenModel) -> None:
@@ -452,19 +474,20 @@ def test_bfloat16_activations_are_tapped_as_float32(tmp_path: Path) -> None:
     proto = chain(
         [
             node("Cast", ["x"], ["short"], "short", to=TensorProto.BFLOAT16),
-            node("Cast", ["short"], ["y"], "long", to=TensorProto.FLOAT),
+            node("Cast", ["short"], ["long"], "long", to=TensorProto.FLOAT),
+            node("Neg", ["long"], ["y"], "neg"),
         ],
         {},
         ["n", 8],
     )
-    frozen = frozen_from(proto, tmp_path / "model.onnx")
-    source = samples_of("x", 8)
-    job = prepare(frozen, source, CalibrationSettings(), EXECUTION)
-    store = ZarrStore.create(tmp_path / "store", job.identity, job.taps)
-    record = calibrate_here(job, source, store).record
-    assert set(record.tensors) == {"x", "short", "y"}
-    (short, y) = (record.histogram(name) for name in ("short", "y"))
-    assert (short.minimum, short.maximum) == (y.minimum, y.maximum)
-    assert short.minimum != record.histogram("x").minimum
-    assert np.array_equal(short.bins, y.bins)
-    assert np.array_equal(short.counts, y.counts)
+    graph = graph_of(proto, tmp_path)
+    taps = find_taps(graph)
+    assert taps.tensors == ("x", "short", "y")
+    # A cast to more bits keeps every value.
+    assert taps.aliases == {"long": "short"}
+    x = normal(4, 8)
+    values = tapped_values(graph, taps, {"x": x})
+    assert values["short"].dtype == np.float32
+    np.testing.assert_array_equal(values["short"], -values["y"])
+    assert not np.array_equal(values["short"], x)
+    assert not (values["short"].view(np.uint32) & 0xFFFF).any()

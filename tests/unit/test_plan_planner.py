@@ -29,7 +29,7 @@ from qdist.plan.planner import Planner, PlanSettings
 from qdist.plan.precision import activation_levels, weight_levels
 from qdist.plan.rules import Rule
 from qdist.plan.weight_range import weight_quantizer
-from qdist.store.zarr_store import ZarrStore
+from qdist.store.zarr_store import create_store
 from qdist.threshold.clip import scale_and_zero
 from qdist.threshold.registry import METHODS, find_threshold
 from tests.onnx_models import (
@@ -180,7 +180,7 @@ def test_a_tensor_that_was_not_measured_is_an_error(tmp_path: Path) -> None:
     frozen = frozen_from(small_model(), tmp_path / "model.onnx")
     graph, source = Graph(frozen), samples_of("x", 6)
     job = prepare(frozen, source, CalibrationSettings(taps="compute"), EXECUTION, graph=graph)
-    store = ZarrStore.create(tmp_path / "store", job.identity, job.taps)
+    store = create_store(tmp_path / "store", job.identity)
     record = calibrate_here(job, source, store).record
     with pytest.raises(StoreError) as caught:
         plan_with(Planner(graph, record, job.taps))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from qdist.cli.commands import steps
 from qdist.cli.context import Context
 from qdist.cli.schema import CalibrateSettings
@@ -23,14 +25,15 @@ def run(context: Context[CalibrateSettings]) -> None:
         },
         model_digest=frozen.digest,
     ) as tracked:
-        job, store, merged = steps.calibrate(context, frozen, graph, settings)
+        done = steps.calibrate(context, frozen, graph, settings)
+        job, store, merged = done.job, done.store, done.merged
         steps.save_config(context, context.config)
-        n_values = int(merged.record.counts.sum())
+        n_values = sum(merged.record.histogram(tensor).n_values for tensor in merged.record.tensors)
         tracked.set_tags({"qdist.data_digest": job.manifest.digest})
         tracked.log_params({"micro_batch": job.identity.micro_batch})
         tracked.log_metrics(
             {
-                "samples": len(job.manifest),
+                "samples": merged.record.n_samples,
                 "tensors": len(job.taps.points),
                 "values": n_values,
                 "shards": merged.n_shards,
@@ -39,14 +42,25 @@ def run(context: Context[CalibrateSettings]) -> None:
         )
         tracked.log_json(list(merged.notes), "notes.json")
     facts = (
-        ("samples", f"{len(job.manifest)}"),
+        ("samples", f"{merged.record.n_samples}"),
         ("tensors measured", f"{len(job.taps.points)} ({len(job.taps.aliases)} more share them)"),
         ("values counted", f"{n_values:,}"),
         ("statistics", merged.record.digest[:16]),
-        ("store", str(store.path)),
+        ("store", store.location),
         ("seconds", f"{context.seconds:.1f}"),
     )
     context.console.print(steps.facts_table(f"Calibration of {settings.model.name}", facts))
-    if job.taps.untapped:
-        context.notes([f"{len(job.taps.untapped)} tensors in bodies of If or Loop not measured"])
-    context.say(f"next: qdist quantize model.path={frozen.source} store.path={store.path}")
+    context.notes(_untapped_notes(job.taps.untapped))
+    context.say(f"next: qdist quantize model.path={frozen.source} store.path={store.location}")
+
+
+def _untapped_notes(untapped: Mapping[str, str]) -> list[str]:
+    """What was not measured, by reason; the names of a few."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in untapped.items():
+        by_reason.setdefault(reason, []).append(name)
+    return [
+        f"not measured, {reason}: {', '.join(names[:3])}"
+        + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        for reason, names in by_reason.items()
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qdist.calibration.blockwise import block_records
 from qdist.cli import domain
 from qdist.cli.commands import steps
 from qdist.cli.context import Context
@@ -24,12 +25,15 @@ def run(context: Context[QuantizeSettings]) -> None:
     folder = context.make_folder()
     frozen = context.frozen_model()
     refuse_overwriting(frozen, folder / ARTIFACT)
-    store, record = steps.open_statistics(frozen, domain.absolute(settings.store.path))
+    store, merge = steps.open_statistics(frozen, domain.location(settings.store.path))
+    record = merge.record
+    blocks = block_records(store, merge.name) if settings.quantization.average_blocks else ()
     planner = Planner(
         Graph(frozen, context.execution),
         record,
-        store.taps,
+        merge.taps,
         domain.plan_settings(settings.quantization),
+        blocks,
     )
     choices, why = steps.make_choices(planner, settings.quantization)
     projected = target.project(planner.plan(choices, why))

@@ -37,8 +37,11 @@ def note_overlap(
     data = context.settings.data
     if data is None or not isinstance(evaluation, DatasetEvaluation):
         return
+    calibration = data.calibration
+    if isinstance(calibration, schema.CapturedSamples | schema.RandomSamples):
+        return
     try:
-        text = overlap_text(evaluation.source, domain.source(data.calibration))
+        text = overlap_text(evaluation.source, domain.source(calibration))
     except DataError:
         # Scoring does not need the calibration set, which may have stayed on another machine.
         return

@@ -19,25 +19,23 @@ from qdist.report.tables import (
     plan_table,
     record_table,
 )
-from qdist.store.zarr_store import ZarrStore
+from qdist.store.location import is_url
+from qdist.store.zarr_store import open_store
 
 
 def run(words: list[str], console: Console) -> None:
     """Print what the paths hold. Raises QD104 to QD106 for words that are no paths."""
-    paths, rows = _parse(words)
+    given, rows = _parse(words)
+    if is_url(given[0]):
+        _show_store(given[0], console, rows)
+        return
+    paths = [Path(word).expanduser().absolute() for word in given]
     if len(paths) == 2:
         console.print(plan_difference_table(load_plan(paths[0]), load_plan(paths[1])))
         return
     path = paths[0]
     if path.is_dir():
-        store = ZarrStore.open(path)
-        record, about = store.latest()
-        console.print(record_table(record, rows))
-        console.print(
-            f"{record.n_samples} samples in {about.get('n_shards')} shards; "
-            f"{len(store.taps.aliases)} more tensors share these rows",
-            highlight=False,
-        )
+        _show_store(str(path), console, rows)
     elif path.suffix == ".json":
         console.print(plan_table(load_plan(path), rows))
     elif path.suffix == ".onnx":
@@ -47,7 +45,7 @@ def run(words: list[str], console: Console) -> None:
             "QD104",
             where=str(path),
             got="nothing there" if not path.exists() else f"a file ending in {path.suffix!r}",
-            expected="a store (folder), a plan (.json) or a model (.onnx)",
+            expected="a store (folder or URL), a plan (.json) or a model (.onnx)",
             mend="give the path of one of these",
         )
 
@@ -71,7 +69,17 @@ def _show_model(path: Path, console: Console, rows: int | None) -> None:
     console.print(table)
 
 
-def _parse(words: list[str]) -> tuple[list[Path], int | None]:
+def _show_store(location: str, console: Console, rows: int | None) -> None:
+    merge = open_store(location).latest()
+    console.print(record_table(merge.record, rows))
+    console.print(
+        f"{merge.record.n_samples} samples in {merge.about.get('n_shards')} shards; "
+        f"{len(merge.taps.aliases)} more tensors share these rows",
+        highlight=False,
+    )
+
+
+def _parse(words: list[str]) -> tuple[list[str], int | None]:
     rows: int | None = 40
     left = [word for word in words if word not in ("store", "plan", "artifact", "model")]
     if "--rows" in left:
@@ -95,4 +103,4 @@ def _parse(words: list[str]) -> tuple[list[Path], int | None]:
             expected="one path, or two plans",
             mend="write qdist show PATH; qdist show --help explains",
         )
-    return [Path(word).expanduser().absolute() for word in left], rows
+    return left, rows

@@ -2,33 +2,58 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from qdist.calibration import CalibrationJob, Merged, load_batch, prepare
+from qdist.calibration import CalibrationJob, Merged, identify, input_specs, load_phases, prepare
+from qdist.calibration.converge import refuse_blocks
+from qdist.calibration.estimate import group_sizes
+from qdist.calibration.work import blocks
 from qdist.cli import domain, schema
 from qdist.cli.context import Context
 from qdist.cli.progress import bar
+from qdist.cli.samples import samples
+from qdist.cli.selecting import selected
+from qdist.data.manifest import SampleManifest
 from qdist.data.source import DataSource
 from qdist.errors import ModelError, StoreError
 from qdist.files import write_json
-from qdist.model.freeze import FrozenModel, frozen_difference, opset_difference
+from qdist.model.difference import frozen_difference, opset_difference
+from qdist.model.freeze import FrozenModel
 from qdist.model.graph import Graph
+from qdist.model.taps import find_taps
 from qdist.plan.choice import LayerChoice
 from qdist.plan.plan import QuantizationPlan
 from qdist.plan.planner import Planner
 from qdist.plan.rules import apply_rules
-from qdist.stats.record import CalibrationRecord
-from qdist.store.zarr_store import ZarrStore
+from qdist.report.text import size_text
+from qdist.store.identity import Identity
+from qdist.store.protocol import FinishedMerge
+from qdist.store.zarr_store import ZarrStore, create_store, open_store
+
+if TYPE_CHECKING:  # importing Ray costs half a second that --help should not pay
+    from actors.calibrate import CalibrationProgress
 
 HIGH_OPSET = 21
 """What 4- and 16-bit Q/DQ need."""
-CHECKS = "checks.json"
-"""In the store: what `check_freezing` found."""
+CHECKS = "checks"
+"""Document of the store: what `check_freezing` found."""
+SAMPLES = "samples"
+"""Document of the store: the manifest of all samples that it was ever made for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibrated:
+    """A finished calibration, and what it was made of."""
+
+    job: CalibrationJob
+    source: DataSource
+    store: ZarrStore
+    merged: Merged
 
 
 def calibrate(
@@ -36,23 +61,72 @@ def calibrate(
     frozen: FrozenModel,
     graph: Graph,
     config: schema.CalibrateSettings | schema.TuneSettings,
-) -> tuple[CalibrationJob, ZarrStore, Merged]:
+) -> Calibrated:
     """Measure what the store lacks, over the pool, with progress."""
-    from actors.calibrate import CalibrationProgress
-    from actors.calibrate import calibrate as run_pool
-
-    source = domain.source(config.data.calibration)
+    if config.calibration.early_stop is not None:
+        refuse_blocks(config.calibration.blocks)
+    wanted = samples(config.data, config.calibration, graph, context)
+    # A wrong name is better known before samples are compared, and a store made.
+    find_taps(graph, wanted.settings.taps)
+    context.notes(wanted.notes)
+    if config.data.select_num is not None:
+        wanted = selected(wanted, config, graph, context)
+    inputs = input_specs(graph)
+    identity = identify(frozen, wanted.source, wanted.settings, context.execution, inputs)
+    place = domain.location(config.store.path)
+    there = _existing(place, identity)
     with bar(context.console, "naming samples", "samples") as naming:
         job = prepare(
             frozen,
-            source,
-            domain.calibration(config.calibration),
+            wanted.source,
+            wanted.settings,
             context.execution,
             graph=graph,
+            earlier=None if there is None else _earlier(there),
             on_progress=lambda done, total: naming.update(done, total),
         )
-    store = ZarrStore.create(domain.absolute(config.store.path), job.identity, job.taps)
-    context.notes(check_freezing(frozen, job, source, store, context))
+    # Settings that cannot be leave no store behind, which would then refuse better ones.
+    blocks(job)
+    store = there or create_store(place, identity)
+    store.put_document(SAMPLES, job.manifest.to_json())
+    context.notes(_size_notes(job, wanted.source))
+    context.notes(check_freezing(frozen, job, wanted.source, store, context))
+    merged = _measured(context, job, wanted.source, store, config)
+    context.notes(merged.notes)
+    return Calibrated(job=job, source=wanted.source, store=store, merged=merged)
+
+
+def _existing(place: str, identity: Identity) -> ZarrStore | None:
+    """The store, where there is one. Raises QD401 where it is of another identity."""
+    try:
+        open_store(place)
+    except StoreError as error:
+        if error.code != "QD402":
+            raise
+        return None
+    return create_store(place, identity)
+
+
+def _earlier(store: ZarrStore) -> SampleManifest | None:
+    """The samples that the store already knows, so that they keep their place."""
+    found = store.document(SAMPLES)
+    if found is None and store.finished():
+        # Imported statistics bring their samples along.
+        found = store.latest().about.get("manifest")
+    return None if found is None else SampleManifest.from_json(found)
+
+
+def _measured(
+    context: Context[Any],
+    job: CalibrationJob,
+    source: DataSource,
+    store: ZarrStore,
+    config: schema.CalibrateSettings | schema.TuneSettings,
+) -> Merged:
+    """Calibrate over the pool, with a bar."""
+    from actors.calibrate import calibrate as run_pool
+
+    policy = config.calibration.early_stop
     with bar(context.console, "calibrating", "samples") as measuring:
         started = False
 
@@ -61,7 +135,7 @@ def calibrate(
             if progress.n_workers and not started:
                 started = True
                 measuring.start_clock()
-            note = f"{progress.n_workers} workers" if started else "starting workers"
+            note = _workers(progress) if started else "starting workers"
             if progress.n_records:
                 note = f"merging {progress.n_merged} of {progress.n_records} records"
             if progress.n_retried:
@@ -70,10 +144,47 @@ def calibrate(
                 measuring.say(progress.message)
             measuring.update(progress.done, progress.total, note)
 
-        merged = run_pool(job, source, store, domain.cluster(config.cluster), on_progress=show)
-        measuring.close(len(job.manifest), len(job.manifest))
-    context.notes(merged.notes)
-    return job, store, merged
+        merged = run_pool(
+            job,
+            source,
+            store,
+            domain.cluster(config.cluster),
+            early_stop=None if policy is None else domain.early_stop(policy),
+            on_progress=show,
+        )
+        n = merged.record.n_samples
+        measuring.close(n, n)
+    return merged
+
+
+def _workers(progress: CalibrationProgress) -> str:
+    """How many workers, and with several nodes what each of them has done."""
+    text = f"{progress.n_workers} workers"
+    if len(progress.nodes) > 1:
+        done = (f"{node.node_ip}: {node.n_completed} shards" for node in progress.nodes)
+        text += f" ({', '.join(done)})"
+    return text
+
+
+def _size_notes(job: CalibrationJob, source: DataSource) -> list[str]:
+    """What histograms per channel will take, before anything is measured."""
+    if not job.settings.statistics.groups:
+        return []
+    sizes = group_sizes(job, source)
+    found = sizes.estimate
+    notes = [
+        f"{found.n_groups:,} histograms per channel or group, of {sizes.n_tensors} tensors: about "
+        f"{size_text(found.memory_bytes)} in each worker, {size_text(found.most_bytes)} at most, "
+        f"and {size_text(found.stored_bytes)} a record before compression"
+        + (f"; {found.largest} takes the most" if found.largest else "")
+    ]
+    for names, reason in (
+        (sizes.unknown, "the shape is known only when the model runs, so the estimate lacks it"),
+        (sizes.without_axis, "the tensor has no such axis, so it gets no histograms per channel"),
+    ):
+        if names:
+            notes.append(f"{', '.join(names[:3])}{' and others' if names[3:] else ''}: {reason}")
+    return notes
 
 
 def check_freezing(
@@ -88,18 +199,21 @@ def check_freezing(
     What was found is kept beside the statistics, and not looked for twice. Raises QD207 when
     freezing itself changed the result.
     """
-    place = store.path / CHECKS
-    if place.is_file():
-        return list(json.loads(place.read_text(encoding="utf-8"))["notes"])
+    known = store.document(CHECKS)
+    if known is not None:
+        return [str(note) for note in known["notes"]]
+    budget = job.settings.memory_budget_bytes
     with context.working("checking the simplified model against the given one"):
-        feeds = load_batch(job.grid[0], source, job.inputs)
+        feeds = load_phases(job.grid[0], source, job.inputs, job.decoder)[0]
         notes = []
-        difference = frozen_difference(frozen, feeds, context.execution)
+        difference = frozen_difference(frozen, feeds, context.execution, budget_bytes=budget)
         if difference:
             notes.append(f"the simplified model differs from the given one by {difference:.2g}")
         refusal = None
         try:
-            raised = opset_difference(frozen, HIGH_OPSET, feeds, context.execution)
+            raised = opset_difference(
+                frozen, HIGH_OPSET, feeds, context.execution, budget_bytes=budget
+            )
         except ModelError as error:
             # Models of 8-bit layers need no higher opset, so this only rules the others out.
             refusal = f"{error.code}: {error.got}"
@@ -107,16 +221,14 @@ def check_freezing(
         else:
             if raised:
                 notes.append(f"at opset {HIGH_OPSET} the float result moves by {raised:.2g}")
-    write_json(place, {"notes": notes, "high_opset_refusal": refusal})
+    store.put_document(CHECKS, {"notes": notes, "high_opset_refusal": refusal})
     return notes
 
 
 def high_opset_refusal(store: ZarrStore) -> str | None:
     """Why the model cannot have 4- or 16-bit layers, as calibration found out; None if it can."""
-    place = store.path / CHECKS
-    if not place.is_file():
-        return None
-    refusal = json.loads(place.read_text(encoding="utf-8"))["high_opset_refusal"]
+    found = store.document(CHECKS) or {}
+    refusal = found.get("high_opset_refusal")
     return None if refusal is None else str(refusal)
 
 
@@ -133,19 +245,18 @@ def check_opset(plan: QuantizationPlan, store: ZarrStore) -> None:
         )
 
 
-def open_statistics(frozen: FrozenModel, path: Path) -> tuple[ZarrStore, CalibrationRecord]:
+def open_statistics(frozen: FrozenModel, location: str) -> tuple[ZarrStore, FinishedMerge]:
     """The finished calibration of this model. Raises QD401, QD402, QD403."""
-    store = ZarrStore.open(path)
+    store = open_store(location)
     if store.identity.model_digest != frozen.digest:
         raise StoreError(
             "QD401",
-            where=str(path),
+            where=store.location,
             got=f"statistics of model {store.identity.model_digest[:12]}",
             expected=f"statistics of model {frozen.digest[:12]} ({frozen.source.name})",
             mend="give the store of this model with store.path=FOLDER, or run qdist calibrate",
         )
-    record, _ = store.latest()
-    return store, record
+    return store, store.latest()
 
 
 def make_choices(

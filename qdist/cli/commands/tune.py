@@ -65,15 +65,16 @@ def run(context: Context[TuneSettings]) -> None:
         context.tracked(params=_params(settings), model_digest=frozen.digest) as run_,
         ray_session(domain.cluster(settings.cluster)),
     ):
-        job, store, merged = steps.calibrate(context, frozen, graph, settings)
+        done = steps.calibrate(context, frozen, graph, settings)
+        job, merged = done.job, done.merged
         run_.set_tags({"qdist.data_digest": job.manifest.digest})
         planner = Planner(
-            graph, merged.record, store.taps, domain.plan_settings(settings.quantization)
+            graph, merged.record, job.taps, domain.plan_settings(settings.quantization)
         )
         note_overlap(context, evaluation, run_)
         with make_scorer(context, evaluation, frozen.source) as scorer:
             before = _float_score(context, scorer)
-            trials = _search(context, frozen, planner, target, scorer, run_, merged.record)
+            trials = _search(context, frozen, planner, target, scorer, run_, done)
         best = _keep_best(context, frozen, planner, target, trials)
         _report(context, frozen, before, best, trials, merged.notes, run_)
 
@@ -106,13 +107,13 @@ def _search(
     target: Target,
     scorer: Scorer,
     parent: Run,
-    record: Any,
+    calibrated: steps.Calibrated,
 ) -> list[Trial]:
     from actors.tune import TrialSetup, tune
 
     settings = context.settings
     choices, why = steps.make_choices(planner, settings.quantization)
-    source = domain.source(settings.data.calibration)
+    source = calibrated.source
     with context.working("measuring how sensitive each layer is"):
         errors = _sensitivities(context, frozen, planner, target, source, choices, set(why))
     strategy = make_strategy(
@@ -127,7 +128,7 @@ def _search(
     )
     setup = TrialSetup(
         frozen=frozen,
-        record=record,
+        record=calibrated.merged.record,
         taps=planner.taps,
         settings=planner.settings,
         target=target,

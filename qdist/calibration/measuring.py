@@ -1,0 +1,94 @@
+"""From a graph and its taps to what a worker needs to measure them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from qdist.calibration.settings import CalibrationSettings
+from qdist.data.decoder import Decoder
+from qdist.data.positions import MaskDims, feature_widths
+from qdist.errors import DataError
+from qdist.model.channels import channel_axes
+from qdist.model.graph import Graph
+from qdist.model.segments import Segment, cut, whole
+from qdist.model.session import Execution
+from qdist.model.taps import TapTable
+from qdist.stats.observer import SPOOL_BYTES, ObserverSpec, Padding
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Input of the model -> shape, batch axis included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measuring:
+    """What observers of one job have in common, whatever they tap.
+
+    ``shapes``: the inputs of the largest micro-batch, one mapping for each phase.
+    """
+
+    graph: Graph
+    settings: CalibrationSettings
+    execution: Execution
+    shapes: tuple[Shapes, ...]
+    decoder: Decoder | None = None
+
+    def observer(self, taps: TapTable) -> ObserverSpec:
+        """What measures ``taps``. Raises QD211 where the memory budget is too small."""
+        carry = () if self.decoder is None else self.decoder.carry
+        hands = [output for _, output in carry]
+        budget = self.settings.memory_budget_bytes
+        spool = SPOOL_BYTES
+        if budget is None:
+            segments: tuple[Segment, ...] = (whole(self.graph, taps, hands=hands),)
+        else:
+            spool = min(SPOOL_BYTES, budget // 16)
+            segments = cut(
+                self.graph,
+                taps,
+                _as_shapes(self.shapes),
+                budget - spool,
+                hands=hands,
+                execution=self.execution,
+            )
+        return ObserverSpec(
+            segments=segments,
+            data_folder=self.graph.model.data_folder,
+            taps=taps,
+            execution=self.execution,
+            on_nan=self.settings.on_nan,
+            statistics=self.settings.statistics,
+            channel_axes=channel_axes(self.graph, taps),
+            carry=carry,
+            padding=self._padding(taps),
+            spool_bytes=spool,
+        )
+
+    def _padding(self, taps: TapTable) -> Padding | None:
+        """How padded positions are found in the taps. Raises QD307 for an unknown mask input."""
+        mask = self.settings.mask_input
+        if mask is None:
+            return None
+        if mask not in self.graph.input_names:
+            raise DataError(
+                "QD307",
+                where="data.calibration.mask_input",
+                got=mask,
+                expected=f"an input of the model: {', '.join(self.graph.input_names)}",
+                mend="correct the name, or leave mask_input out",
+            )
+        types = {name: self.graph.type_of(name) for name in (mask, *taps.tensors)}
+        dims = {name: found.shape for name, found in types.items() if found and found.shape}
+        batch, sequence = (*dims.get(mask, ()), None, None)[:2]
+        return Padding(
+            mask=mask,
+            names=MaskDims(
+                batch=batch, sequence=sequence, widths=feature_widths(self.graph.proto.graph)
+            ),
+            dims=dims,
+            axes=self.settings.sequence_axes,
+        )
+
+
+def _as_shapes(shapes: Sequence[Shapes]) -> list[dict[str, tuple[int, ...]]]:
+    return [dict(phase) for phase in shapes]

@@ -1,0 +1,261 @@
+"""Gathers the statistics of many tensors, micro-batch by micro-batch.
+
+A tensor is counted by value for as long as its distinct values fit a table; its histogram and its
+largest values then follow from the table. The first value too many spills the table into the
+paged counters, and from there on the tensor is counted by bin.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdist.stats import sweep
+from qdist.stats.channels import NO_AXIS, UNSEEN, VARIED, ChannelColumns
+from qdist.stats.counters import ROW_SLOTS, PagedCounters
+from qdist.stats.entries import Entries
+from qdist.stats.group_counts import GroupCounts
+from qdist.stats.largest import FIRST_SPECIAL, LargestColumns
+from qdist.stats.record import ROW_SHIFT, CalibrationRecord
+from qdist.stats.spec import StatisticsSpec
+from qdist.stats.value_counts import ValueCounts
+from qdist.stats.values import ValueColumns
+
+_LEAST_SPARE = 256
+"""Candidates that gather beside the largest values before the least of them are dropped."""
+_FEW_LANES = 64
+"""Fewer lanes are repeated until there are so many: lane ``i`` is then of channel ``i % n``."""
+_SHORT_RUN = 32
+"""Shorter runs of one channel are treated as lanes."""
+_ALL = np.zeros(0, np.bool_)
+_NO_KEYS = np.zeros(0, np.int32)
+
+
+class Accumulator:
+    """Statistics of ``tensors``, in their order. One thread at a time.
+
+    ``channel_axes``: the channel axis (negative from the end) of the tensors whose extrema are
+    wanted per channel. Memory depends on the tensors' contents, at some 50 kB each for typical
+    ones, and never on how much was added.
+    """
+
+    def __init__(
+        self,
+        tensors: Iterable[str],
+        spec: StatisticsSpec | None = None,
+        channel_axes: Mapping[str, int] | None = None,
+    ) -> None:
+        self._tensors = tuple(tensors)
+        self._spec = spec or StatisticsSpec()
+        n, axes = len(self._tensors), channel_axes or {}
+        self._axes = [axes.get(tensor, NO_AXIS) for tensor in self._tensors]
+        self._counters = PagedCounters(n)
+        self._scratch = sweep.new_scratch()
+        self._clean = np.empty(sweep.BLOCK, np.uint32)
+        # Memory that is never written to is never taken.
+        limit = self._spec.n_largest
+        width = limit + max(limit, _LEAST_SPARE) if limit else 0
+        self._tops = np.empty((n, width), np.uint32)
+        self._values = ValueCounts(n, self._spec.n_values)
+        self._groups = GroupCounts(self._spec.requests_for(self._tensors))
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all that was added."""
+        n = len(self._tensors)
+        self._n_samples = 0
+        self._counters.clear()
+        self._values.clear()
+        self._groups.clear()
+        self._state = sweep.new_state(n)
+        self._sizes = [UNSEEN] * n
+        self._lows = [_NO_KEYS] * n
+        self._highs = [_NO_KEYS] * n
+
+    def add_samples(self, n: int) -> None:
+        """Say that ``n`` more samples were measured."""
+        self._n_samples += n
+
+    def n_nan(self, index: int) -> int:
+        """How many NaNs were counted in a tensor."""
+        return int(self._state[index, sweep.NAN])
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the counters in use, those of groups included."""
+        return self._counters.n_bytes + self._groups.n_bytes
+
+    def add(self, index: int, array: NDArray[Any], keep: NDArray[np.bool_] | None = None) -> None:
+        """Count a tensor: ``index`` is its place among the tensors.
+
+        ``array``: any shape, any float type, taken as float32. ``keep``: bool, broadcastable to
+        the array's shape; elements that it leaves out count nowhere, and a channel of which none
+        is left has no extrema. Raises `ValueError` when ``keep`` does not broadcast.
+        """
+        values = np.ascontiguousarray(array, np.float32).reshape(array.shape)
+        if not values.size:
+            return
+        n_channels = self._n_channels(index, values.shape)
+        if keep is None:
+            bits = sweep.bits_of(values)
+            self._add_bits(index, bits, n_channels, self._inner(index, values.shape))
+            self._groups.add(index, bits, values.shape, _ALL)
+        else:
+            self._add_kept(index, values, np.asarray(keep, np.bool_), n_channels)
+
+    def _add_bits(self, index: int, bits: NDArray[np.uint32], n_channels: int, inner: int) -> None:
+        """Count flat values of which ``inner`` side by side are of one channel."""
+        if n_channels == VARIED or not bits.size:
+            self._sweep(index, bits, sweep.NO_CHANNELS, 1, _NO_KEYS, _NO_KEYS)
+            return
+        lows, highs = self._lows[index], self._highs[index]
+        if inner == 1:
+            self._sweep(index, bits, sweep.LANES, 1, lows, highs)
+        elif inner >= _SHORT_RUN:
+            self._sweep(index, bits, sweep.RUNS, inner, lows[:n_channels], highs[:n_channels])
+        else:
+            lanes = -(-_FEW_LANES // (n_channels * inner)), n_channels, inner
+            low = np.full(math.prod(lanes), sweep.NO_LOW, np.int32)
+            high = np.full(math.prod(lanes), sweep.NO_HIGH, np.int32)
+            self._sweep(index, bits, sweep.LANES, 1, low, high)
+            low, high = low.reshape(lanes).min(axis=(0, 2)), high.reshape(lanes).max(axis=(0, 2))
+            np.minimum(lows[:n_channels], low, out=lows[:n_channels])
+            np.maximum(highs[:n_channels], high, out=highs[:n_channels])
+
+    def _add_kept(
+        self, index: int, values: NDArray[np.float32], keep: NDArray[np.bool_], n_channels: int
+    ) -> None:
+        shape = values.shape
+        chosen = np.broadcast_to(keep, shape)
+        mine = (1,) * (len(shape) - keep.ndim) + keep.shape
+        last = len(shape)
+        while last and mine[last - 1] == 1:
+            last -= 1
+        # The mask is constant in each stretch along the axes from ``last`` on.
+        stretches = values.reshape(-1, math.prod(shape[last:]))
+        which = np.broadcast_to(keep.reshape(mine[:last]), shape[:last]).reshape(-1)
+        bits = sweep.bits_of(stretches[which])
+        inner = self._inner(index, shape)
+        whole_stretches = n_channels == VARIED or self._axes[index] % len(shape) >= last
+        self._add_bits(index, bits, n_channels if whole_stretches else VARIED, inner)
+        if whole_stretches and not self._groups.wants(index):
+            return
+        flat, everything = np.ascontiguousarray(chosen).reshape(-1), sweep.bits_of(values)
+        if not whole_stretches:
+            lows, highs = self._lows[index][:n_channels], self._highs[index][:n_channels]
+            sweep.widen_kept(everything, flat, inner, lows, highs)
+        self._groups.add(index, everything, shape, flat)
+
+    def _inner(self, index: int, shape: tuple[int, ...]) -> int:
+        """Elements side by side that are of one channel."""
+        return math.prod(shape[self._axes[index] % len(shape) + 1 :]) if shape else 1
+
+    def _sweep(
+        self,
+        index: int,
+        bits: NDArray[np.uint32],
+        layout: int,
+        inner: int,
+        lows: NDArray[np.int32],
+        highs: NDArray[np.int32],
+    ) -> None:
+        counters = self._counters
+        counters.reserve(2 * ROW_SLOTS)
+        first = self._values.add(index, bits)
+        if first < bits.size:
+            self._values.spill(index, self._state, self._tops, self._spec.n_largest, counters)
+        sweep.sweep(
+            bits,
+            first,
+            layout,
+            inner,
+            lows,
+            highs,
+            index,
+            self._state,
+            self._tops,
+            self._spec.n_largest,
+            counters.page_of,
+            counters.pool,
+            counters.used,
+            self._scratch,
+            self._clean,
+        )
+
+    def _n_channels(self, index: int, shape: tuple[int, ...]) -> int:
+        """Channels of this tensor, whose extrema there is then room for; or `VARIED`."""
+        axis, known = self._axes[index], self._sizes[index]
+        if axis == NO_AXIS or known == VARIED:
+            return VARIED
+        n = shape[axis] if -len(shape) <= axis < len(shape) else VARIED
+        if known == n:
+            return n
+        self._sizes[index] = n = n if known == UNSEEN else VARIED
+        size = n * -(-_FEW_LANES // n) if n > 0 else 0
+        self._lows[index] = np.full(size, sweep.NO_LOW, np.int32)
+        self._highs[index] = np.full(size, sweep.NO_HIGH, np.int32)
+        return n
+
+    def record(self) -> CalibrationRecord:
+        """All that was added so far, as a value of its own."""
+        n, spec = len(self._tensors), self._spec
+        counted = self._counters.entries(0, n * ROW_SLOTS)
+        values = self._values.columns()
+        return CalibrationRecord(
+            tensors=self._tensors,
+            histograms=counted.merge(_histograms_of(values)),
+            extrema=_extrema_of(self._state[:, sweep.LOW], self._state[:, sweep.HIGH]),
+            n_samples=self._n_samples,
+            largest_values=LargestColumns.of(
+                [self._largest(row, values) for row in range(n)], spec.n_largest
+            ),
+            values=values,
+            channel_extrema=self._channel_columns(),
+            grouped=self._groups.columns(),
+        )
+
+    def _largest(self, row: int, values: ValueColumns) -> NDArray[np.uint32]:
+        limit = self._spec.n_largest
+        if self._values.is_open(row):
+            return _largest_of(values.entries.row(row, 32), limit)
+        keys = np.sort(self._tops[row, : self._state[row, sweep.KEPT]])
+        return keys[::-1][:limit]
+
+    def _channel_columns(self) -> ChannelColumns:
+        lows, highs = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
+        for low, high, size in zip(self._lows, self._highs, self._sizes, strict=True):
+            if size > 0:
+                lows.append(low.reshape(-1, size).min(axis=0))
+                highs.append(high.reshape(-1, size).max(axis=0))
+        extrema = _extrema_of(np.concatenate(lows), np.concatenate(highs))
+        axes, sizes = np.array(self._axes, np.int64), np.array(self._sizes, np.int64)
+        return ChannelColumns(axes=axes, sizes=sizes, extrema=extrema)
+
+
+def _extrema_of(lows: NDArray[Any], highs: NDArray[Any]) -> NDArray[np.float32]:
+    """float32[n, 2] of extreme order keys."""
+    low = sweep.floats_of(lows.astype(np.int64), np.inf)
+    return np.stack([low, sweep.floats_of(highs.astype(np.int64), -np.inf)], axis=1)
+
+
+def _histograms_of(values: ValueColumns) -> Entries:
+    """The histograms of the rows that are counted by value."""
+    if not values.entries.keys.size:
+        return Entries.empty()
+    bins = values.entries.keys >> (32 - ROW_SHIFT)
+    first = np.flatnonzero(np.append(True, bins[1:] != bins[:-1]))
+    return Entries(keys=bins[first], counts=np.add.reduceat(values.entries.counts, first))
+
+
+def _largest_of(table: Entries, limit: int) -> NDArray[np.uint32]:
+    """Keys of the largest |x| of a value table."""
+    bits = table.keys.astype(np.uint32)
+    keys = (bits << np.uint32(1)) | (bits >> np.uint32(31))
+    order = np.argsort(keys)[::-1]
+    order = order[keys[order] < FIRST_SPECIAL]
+    counts = np.minimum(table.counts[order], np.uint64(limit)).astype(np.int64)
+    return np.repeat(keys[order], counts)[:limit]

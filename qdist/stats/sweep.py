@@ -1,0 +1,621 @@
+"""One sweep over a tensor for all of its statistics: the hot loops, compiled with Numba.
+
+The tensor goes by in blocks that stay in the first-level cache. A first, vectorised pass over a
+block finds its extrema as *order keys*, integers that order floats as their values do. They tell
+without another look whether the block holds infinities or NaNs, whether it is constant, whether it
+can change the extrema, and whether any of its values can be among the largest. A second pass only
+counts, without a branch, into four interleaved tables, so that runs of equal values (zeros after
+ReLU) do not wait for one counter. Rare cases take the slow paths beside it.
+
+Every loop has a plain NumPy twin in the tests, which it equals bit for bit.
+
+Why some loops are written out rather than called: each array that is passed to a function has its
+references counted, atomically, which takes as long as some twenty additions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdist.stats.compiled import compiled
+
+BLOCK = 4096
+"""Elements of a block."""
+FLUSH_BLOCKS = 63
+"""Blocks after which the 16-bit scratch counters, four to a bin, must be emptied."""
+SMALL = 1536
+"""Tensors of fewer elements are counted without the scratch tables."""
+PAGE_BINS = 128
+PAGES = 512
+"""Pages of one histogram; a page is one sign and exponent."""
+
+N_STATE = 5
+"""Columns of ``state``: lowest and highest order key, NaNs, largest kept, their threshold."""
+LOW, HIGH, NAN, KEPT, THRESHOLD = range(N_STATE)
+NO_LOW = 0x7FFFFFFF
+NO_HIGH = -0x80000000
+
+NO_CHANNELS, LANES, RUNS = range(3)
+"""How channels lie in a flat tensor: not wanted; element ``i`` belongs to lane ``i % n``; ``inner``
+elements in a row belong to one channel."""
+
+_SIGN = np.uint32(0x80000000)
+_MAGNITUDE = np.uint32(0x7FFFFFFF)
+_INFINITY = np.uint32(0x7F800000)
+_QUIET = np.uint32(0x7FC00000)
+_FIRST_SPECIAL = np.uint32(0xFF000000)
+_POSITIVE_INFINITY_KEY = 0x7F800000
+_NEGATIVE_INFINITY_KEY = -0x7F800001
+
+
+def new_state(n_rows: int) -> NDArray[np.int64]:
+    """``state`` int64[n_rows, 5] of tensors of which nothing was seen."""
+    state = np.zeros((n_rows, N_STATE), np.int64)
+    state[:, LOW], state[:, HIGH], state[:, THRESHOLD] = NO_LOW, NO_HIGH, -1
+    return state
+
+
+def new_scratch() -> NDArray[np.uint16]:
+    """Counters shared by all tensors; zero between calls."""
+    return np.zeros(4 << 16, np.uint16)
+
+
+def bits_of(values: NDArray[np.float32]) -> NDArray[np.uint32]:
+    """A contiguous tensor's bits, flat and read-only: the one kind of array that loops take,
+    since each kind is compiled for itself."""
+    bits = values.reshape(-1).view(np.uint32)
+    if not bits.flags.aligned:
+        bits = bits.copy()
+    bits.flags.writeable = False
+    return bits
+
+
+def floats_of(keys: NDArray[np.int64], none: float) -> NDArray[np.float32]:
+    """The float32 of order keys, -0 as +0; ``none`` for the key of no value."""
+    low = keys.astype(np.int32)
+    bits = low ^ ((low >> np.int32(31)) & np.int32(0x7FFFFFFF))
+    values = bits.view(np.float32) + np.float32(0)
+    missing = (keys == NO_LOW) | (keys == NO_HIGH)
+    return np.where(missing, np.float32(none), values).astype(np.float32)
+
+
+@compiled
+def _extrema(bits: NDArray[np.int32]) -> tuple[Any, Any]:
+    """Lowest and highest order key, infinities and NaNs included."""
+    low, high = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+    for i in range(bits.size):
+        b = bits[i]
+        key = np.int32(b ^ np.int32(np.int32(b >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+        low = np.int32(min(low, key))
+        high = np.int32(max(high, key))
+    return low, high
+
+
+@compiled
+def _finite_extrema(bits: NDArray[np.int32]) -> tuple[Any, Any]:
+    """Lowest and highest order key of the finite values."""
+    low, high = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+    for i in range(bits.size):
+        b = bits[i]
+        key = np.int32(b ^ np.int32(np.int32(b >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+        finite = np.int32(b & np.int32(0x7FFFFFFF)) < np.int32(0x7F800000)
+        low = np.int32(min(low, key if finite else np.int32(0x7FFFFFFF)))
+        high = np.int32(max(high, key if finite else np.int32(-0x80000000)))
+    return low, high
+
+
+@compiled
+def _widen_lanes(
+    bits: NDArray[np.int32],
+    start: int,
+    special: Any,
+    lows: NDArray[np.int32],
+    highs: NDArray[np.int32],
+) -> None:
+    """Lanes of a block that begins at flat position ``start``; ``special``: not all is finite."""
+    n_lanes = lows.size
+    lane = start % n_lanes
+    done = 0
+    while done < bits.size:
+        step = min(bits.size - done, n_lanes - lane)
+        part, low, high = bits[done : done + step], lows[lane:], highs[lane:]
+        if special:
+            for i in range(part.size):
+                b = part[i]
+                key = np.int32(b ^ np.int32(np.int32(b >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+                finite = np.int32(b & np.int32(0x7FFFFFFF)) < np.int32(0x7F800000)
+                low[i] = np.int32(min(low[i], key if finite else np.int32(0x7FFFFFFF)))
+                high[i] = np.int32(max(high[i], key if finite else np.int32(-0x80000000)))
+        else:
+            for i in range(part.size):
+                b = part[i]
+                key = np.int32(b ^ np.int32(np.int32(b >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+                low[i] = np.int32(min(low[i], key))
+                high[i] = np.int32(max(high[i], key))
+        done += step
+        lane = 0
+
+
+@compiled
+def _widen_runs(
+    bits: NDArray[np.int32],
+    start: int,
+    inner: int,
+    lows: NDArray[np.int32],
+    highs: NDArray[np.int32],
+) -> tuple[Any, Any, Any, Any]:
+    """Channels of a block that begins at flat position ``start``, and the block's own extrema.
+
+    All extrema, infinities and NaNs included, then those of the finite values.
+    """
+    low, high = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+    finite_low, finite_high = low, high
+    n_channels = lows.size
+    run = start // inner
+    channel = run % n_channels
+    stop = (run + 1) * inner - start
+    done = 0
+    while done < bits.size:
+        end = min(stop, bits.size)
+        part = bits[done:end]
+        run_low, run_high = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+        for i in range(part.size):
+            b = part[i]
+            key = np.int32(b ^ np.int32(np.int32(b >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+            run_low = np.int32(min(run_low, key))
+            run_high = np.int32(max(run_high, key))
+        low, high = np.int32(min(low, run_low)), np.int32(max(high, run_high))
+        if run_low < np.int32(-0x7F800000) or run_high >= np.int32(0x7F800000):
+            run_low, run_high = _finite_extrema(part)
+        finite_low = np.int32(min(finite_low, run_low))
+        finite_high = np.int32(max(finite_high, run_high))
+        lows[channel] = np.int32(min(lows[channel], run_low))
+        highs[channel] = np.int32(max(highs[channel], run_high))
+        channel += 1
+        if channel == n_channels:
+            channel = 0
+        done = end
+        stop += inner
+    return low, high, finite_low, finite_high
+
+
+@compiled
+def _count(bits: NDArray[np.uint32], scratch: NDArray[np.uint16]) -> None:
+    one = np.uint16(1)
+    fours = bits.size // 4
+    for j in range(fours):
+        i = 4 * j
+        scratch[np.uint64(bits[i] >> np.uint32(16)) * np.uint64(4)] += one
+        scratch[np.uint64(bits[i + 1] >> np.uint32(16)) * np.uint64(4) + np.uint64(1)] += one
+        scratch[np.uint64(bits[i + 2] >> np.uint32(16)) * np.uint64(4) + np.uint64(2)] += one
+        scratch[np.uint64(bits[i + 3] >> np.uint32(16)) * np.uint64(4) + np.uint64(3)] += one
+    for i in range(4 * fours, bits.size):
+        lane = np.uint64(i - 4 * fours)
+        scratch[np.uint64(bits[i] >> np.uint32(16)) * np.uint64(4) + lane] += one
+
+
+@compiled
+def _count_constant(bits: Any, n: int, scratch: NDArray[np.uint16]) -> None:
+    first = np.int64(bits >> np.uint32(16)) * 4
+    for lane in range(4):
+        scratch[first + lane] += np.uint16((n + 3 - lane) // 4)
+
+
+@compiled
+def _new_page(
+    page_of: NDArray[np.int32], slot: int, pool: NDArray[np.uint64], used: NDArray[np.int64]
+) -> int:
+    page = used[0]
+    used[0] = page + 1
+    page_of[slot] = page
+    pool[page, :] = 0
+    return page
+
+
+@compiled
+def _flush(
+    scratch: NDArray[np.uint16],
+    expected: int,
+    page_of: NDArray[np.int32],
+    first_slot: int,
+    pool: NDArray[np.uint64],
+    used: NDArray[np.int64],
+) -> None:
+    """Empty the scratch counters, which hold ``expected`` values, into the pages of one row.
+
+    Its pages are emptied first. Only when they did not hold everything are the others looked at.
+    """
+    words = scratch.view(np.uint64)
+    left = np.uint64(expected)
+    for turn in range(2):
+        slot = 0
+        while left > np.uint64(0) and slot < 512:
+            page: Any = np.int64(page_of[first_slot + slot])
+            if (page >= 0) != (turn == 0):
+                slot += 1
+                continue
+            part = words[slot * 128 : slot * 128 + 128]
+            some = np.uint64(0)
+            for i in range(128):
+                some |= part[i]
+            if some != np.uint64(0):
+                if page < 0:
+                    page = _new_page(page_of, first_slot + slot, pool, used)
+                counts = pool[page]
+                for i in range(128):
+                    word = part[i]
+                    pairs = np.uint64(0x0000FFFF0000FFFF)
+                    two = (word & pairs) + ((word >> np.uint64(16)) & pairs)
+                    n = (two & np.uint64(0xFFFFFFFF)) + (two >> np.uint64(32))
+                    counts[i] += n
+                    left -= n
+                    part[i] = np.uint64(0)
+            slot += 1
+
+
+@compiled
+def _count_directly(
+    bits: NDArray[np.uint32],
+    page_of: NDArray[np.int32],
+    first_slot: int,
+    pool: NDArray[np.uint64],
+    used: NDArray[np.int64],
+) -> None:
+    for i in range(bits.size):
+        b = bits[i]
+        slot: Any = first_slot + np.int64(b >> np.uint32(23))
+        page: Any = np.int64(page_of[slot])
+        if page < 0:
+            page = _new_page(page_of, slot, pool, used)
+        pool[page, np.int64((b >> np.uint32(16)) & np.uint32(127))] += np.uint64(1)
+
+
+@compiled
+def _keep_largest(top: NDArray[np.uint32], n: int, limit: int) -> Any:
+    """Move the ``limit`` largest of ``top[:n]`` to its front; returns the least of them.
+
+    Hoare's selection: partitions that split runs of equal keys in the middle.
+    """
+    left, right = 0, n - 1
+    place = limit - 1
+    while left < right:
+        a, b, c = top[left], top[(left + right) // 2], top[right]
+        pivot = max(min(a, b), min(max(a, b), c))
+        i, j = left, right
+        while i <= j:
+            while top[i] > pivot:
+                i += 1
+            while top[j] < pivot:
+                j -= 1
+            if i <= j:
+                top[i], top[j] = top[j], top[i]
+                i += 1
+                j -= 1
+        if place <= j:
+            right = j
+        elif place >= i:
+            left = i
+        else:
+            break
+    return np.int64(top[place])
+
+
+@compiled
+def _push_key(key: Any, top: NDArray[np.uint32], limit: int, state: NDArray[np.int64]) -> None:
+    if np.int64(key) <= state[4]:
+        return
+    n = state[3]
+    if n == top.size:
+        state[4] = _keep_largest(top, n, limit)
+        n = limit
+        state[3] = n
+        if np.int64(key) <= state[4]:
+            return
+    top[n] = key
+    state[3] = n + 1
+
+
+@compiled
+def _push(
+    bits: NDArray[np.uint32],
+    top: NDArray[np.uint32],
+    limit: int,
+    state: NDArray[np.int64],
+) -> None:
+    """Offer values to the largest. Short stretches that hold none are passed over."""
+    n, above = state[3], state[4]
+    for start in range(0, bits.size, 64):
+        part = bits[start : start + 64]
+        most = np.uint32(0)
+        # A loop of known length becomes a few wide instructions.
+        if part.size == 64:
+            for i in range(64):
+                b = part[i]
+                key = np.uint32(np.uint32(b << np.uint32(1)) | np.uint32(b >> np.uint32(31)))
+                most = np.uint32(max(most, key if key < np.uint32(0xFF000000) else np.uint32(0)))
+        else:
+            most = np.uint32(0xFFFFFFFF)
+        if np.int64(most) <= above:
+            continue
+        for i in range(part.size):
+            b = part[i]
+            key = np.uint32(np.uint32(b << np.uint32(1)) | np.uint32(b >> np.uint32(31)))
+            if np.int64(key) > above and key < np.uint32(0xFF000000):
+                if n == top.size:
+                    above, n = _keep_largest(top, n, limit), limit
+                    if np.int64(key) <= above:
+                        continue
+                top[n] = key
+                n += 1
+    state[3], state[4] = n, above
+
+
+@compiled
+def _quiet(bits: NDArray[np.uint32], clean: NDArray[np.uint32]) -> Any:
+    """Copy with every NaN as the quiet NaN of its sign; returns how many there were."""
+    n_nan = np.int64(0)
+    for i in range(bits.size):
+        b = bits[i]
+        nan = np.uint32(b & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+        quiet = np.uint32(np.uint32(b & np.uint32(0x80000000)) | np.uint32(0x7FC00000))
+        clean[i] = quiet if nan else b
+        n_nan += np.int64(nan)
+    return n_nan
+
+
+@compiled
+def _largest_key(low: Any, high: Any) -> Any:
+    """The largest key of magnitude, as the largest values have, of a block of these extrema."""
+    most = np.int64(-1)
+    if high >= 0:
+        most = np.int64(high) << 1
+    if low < 0:
+        most = max(most, ((-np.int64(low) - 1) << 1) | 1)
+    return most
+
+
+@compiled
+def _bound(
+    page_of: NDArray[np.int32], first_slot: int, pool: NDArray[np.uint64], limit: int
+) -> Any:
+    """A key that at least ``limit`` of the values counted in a row lie above; -1 if none is known.
+
+    It lies just below the bin in which the ``limit`` largest |x| end.
+    """
+    total = np.int64(0)
+    for exponent in range(254, -1, -1):
+        positive = np.int64(page_of[first_slot + exponent])
+        negative = np.int64(page_of[first_slot + 256 + exponent])
+        if positive < 0 and negative < 0:
+            continue
+        for place in range(127, -1, -1):
+            if positive >= 0:
+                total += np.int64(pool[positive, place])
+            if negative >= 0:
+                total += np.int64(pool[negative, place])
+            if total >= limit:
+                return (np.int64(exponent * 128 + place) << 17) - 1
+    return np.int64(-1)
+
+
+@compiled
+def _offer(
+    bits: NDArray[np.uint32],
+    group: int,
+    first: int,
+    most: NDArray[np.int64],
+    top: NDArray[np.uint32],
+    limit: int,
+    state: NDArray[np.int64],
+    page_of: NDArray[np.int32],
+    first_slot: int,
+    pool: NDArray[np.uint64],
+) -> None:
+    """Offer the blocks from flat position ``group`` on, from ``first``, to the largest.
+
+    They are counted already; ``most``: the largest key of each.
+    The counts bound what can be among the largest before a single value is looked at again.
+    """
+    some = np.int64(-1)
+    for i in range(most.size):
+        some = max(some, most[i])
+    if some <= state[4]:
+        return
+    state[4] = max(state[4], _bound(page_of, first_slot, pool, limit))
+    for i in range(most.size):
+        if most[i] > state[4]:
+            start = group + 4096 * i
+            _push(bits[max(start, first) : start + 4096], top, limit, state)
+
+
+@compiled
+def sweep(
+    bits: NDArray[np.uint32],
+    first: int,
+    layout: int,
+    inner: int,
+    lows: NDArray[np.int32],
+    highs: NDArray[np.int32],
+    row: int,
+    states: NDArray[np.int64],
+    tops: NDArray[np.uint32],
+    limit: int,
+    page_of: NDArray[np.int32],
+    pool: NDArray[np.uint64],
+    used: NDArray[np.int64],
+    scratch: NDArray[np.uint16],
+    clean: NDArray[np.uint32],
+) -> None:
+    """Add a flat tensor, given as its bits, to the statistics of ``row``.
+
+    What lies before ``first`` changes extrema and channels alone: it is counted elsewhere.
+    ``layout`` and ``inner`` say how channels lie; ``lows`` and ``highs`` int32 are their extreme
+    order keys. ``states`` and ``tops`` have one row per tensor; of the largest |x|, ``limit`` are
+    kept. ``page_of`` has 512 slots a row, and ``pool`` 512 free pages at least. ``clean`` has room
+    for a block. NaNs count in the quiet-NaN bin of their sign; they and the infinities leave the
+    extrema and the largest alone.
+    """
+    state, top = states[row], tops[row]
+    first_slot = row * 512
+    waiting = n_blocks = group = 0
+    most = np.empty(63, np.int64)
+    small = bits.size - first < 1536
+    for start in range(0, bits.size, 4096):
+        block = bits[start : start + 4096]
+        signed = block.view(np.int32)
+        if layout == 2:
+            low, high, finite_low, finite_high = _widen_runs(signed, start, inner, lows, highs)
+        else:
+            low, high = _extrema(signed)
+            finite_low, finite_high = low, high
+        special = low < np.int32(-0x7F800000) or high >= np.int32(0x7F800000)
+        if special:
+            if low < np.int32(-0x7F800001) or high > np.int32(0x7F800000):
+                state[2] += _quiet(block, clean)
+                block = clean[: block.size]
+                signed = block.view(np.int32)
+            if layout != 2:
+                finite_low, finite_high = _finite_extrema(signed)
+        if layout == 1:
+            _widen_lanes(signed, start, special, lows, highs)
+        state[0] = min(state[0], np.int64(finite_low))
+        state[1] = max(state[1], np.int64(finite_high))
+        if start + block.size <= first:
+            continue
+        if n_blocks == 0:
+            group = start
+        if start < first:
+            block = block[first - start :]
+        if small:
+            _count_directly(block, page_of, first_slot, pool, used)
+        else:
+            if low == high:
+                _count_constant(block[0], block.size, scratch)
+            else:
+                _count(block, scratch)
+            waiting += block.size
+        most[n_blocks] = _largest_key(finite_low, finite_high)
+        n_blocks += 1
+        if n_blocks == 63 or start + 4096 >= bits.size:
+            if waiting:
+                _flush(scratch, waiting, page_of, first_slot, pool, used)
+            if limit > 0:
+                heads = most[:n_blocks]
+                _offer(bits, group, first, heads, top, limit, state, page_of, first_slot, pool)
+            waiting = n_blocks = 0
+
+
+@compiled
+def widen_kept(
+    bits: NDArray[np.uint32],
+    keep: NDArray[np.bool_],
+    inner: int,
+    lows: NDArray[np.int32],
+    highs: NDArray[np.int32],
+) -> None:
+    """Channel extrema of those elements of a flat tensor that ``keep`` says, finite ones."""
+    signed = bits.view(np.int32)
+    n_channels = lows.size
+    for run in range(bits.size // inner):
+        channel = run % n_channels
+        low, high = lows[channel], highs[channel]
+        for i in range(run * inner, run * inner + inner):
+            b = signed[i]
+            key = np.int32(b ^ np.int32(np.int32(b >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+            finite = np.int32(b & np.int32(0x7FFFFFFF)) < np.int32(0x7F800000)
+            wanted = finite & keep[i]
+            low = np.int32(min(low, key if wanted else np.int32(0x7FFFFFFF)))
+            high = np.int32(max(high, key if wanted else np.int32(-0x80000000)))
+        lows[channel], highs[channel] = low, high
+
+
+NO_VALUE = 0x7F800001
+"""What stands for no value in a value table: a NaN that is not quiet, so never counted as such."""
+
+
+@compiled
+def count_values(
+    bits: NDArray[np.uint32],
+    index: int,
+    all_keys: NDArray[np.uint32],
+    all_counts: NDArray[np.uint64],
+    n_distinct: NDArray[np.int64],
+    limit: int,
+) -> int:
+    """Count the values of a flat tensor in table ``index``; returns how many elements it counted.
+
+    Fewer than there are when a value beyond the ``limit`` of distinct ones came. ``all_keys``
+    uint32[tables, size], ``all_counts`` uint64[tables, 2 * size]: open addressing, two counters
+    for each value, so that equal values side by side do not wait for one; ``size`` is a power of
+    two above ``limit``.
+    """
+    keys, counts = all_keys[index], all_counts[index]
+    n = n_distinct[index]
+    last = np.uint64(keys.size - 1)
+    shift = np.uint64(32)
+    while (np.uint64(1) << (np.uint64(32) - shift)) <= last:
+        shift -= np.uint64(1)
+    i = 0
+    while i < bits.size:
+        # Long runs of one value, such as zeros, are counted as one.
+        step = 1
+        if i + 8 <= bits.size:
+            b = bits[i]
+            differ = np.uint32(0)
+            for j in range(1, 8):
+                differ |= np.uint32(bits[i + j] ^ b)
+            if differ == np.uint32(0):
+                step = 8
+                while i + step < bits.size and bits[i + step] == b:
+                    step += 1
+        few = 8 if step == 1 and i + 8 <= bits.size else 1
+        for j in range(few):
+            b = bits[i + j]
+            if np.uint32(b & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):
+                b = np.uint32(np.uint32(b & np.uint32(0x80000000)) | np.uint32(0x7FC00000))
+            slot = ((np.uint64(b) * np.uint64(2654435761)) & np.uint64(0xFFFFFFFF)) >> shift
+            while keys[slot] != b:
+                if keys[slot] == np.uint32(0x7F800001):
+                    if n == limit:
+                        n_distinct[index] = n
+                        return i + j
+                    n += 1
+                    keys[slot] = b
+                    break
+                slot = (slot + np.uint64(1)) & last
+            counts[np.uint64(2) * slot + np.uint64(j & 1)] += np.uint64(step)
+        i += max(step, few)
+    n_distinct[index] = n
+    return bits.size
+
+
+@compiled
+def spill_values(
+    keys: NDArray[np.uint32],
+    counts: NDArray[np.uint64],
+    row: int,
+    states: NDArray[np.int64],
+    tops: NDArray[np.uint32],
+    limit: int,
+    page_of: NDArray[np.int32],
+    pool: NDArray[np.uint64],
+    used: NDArray[np.int64],
+) -> None:
+    """Move a value table into the histogram and the largest values of ``row``."""
+    for slot in range(keys.size):
+        n: Any = np.int64(counts[2 * slot] + counts[2 * slot + 1])
+        if n == 0:
+            continue
+        b = keys[slot]
+        place: Any = row * 512 + np.int64(b >> np.uint32(23))
+        page: Any = np.int64(page_of[place])
+        if page < 0:
+            page = _new_page(page_of, place, pool, used)
+        pool[page, np.int64((b >> np.uint32(16)) & np.uint32(127))] += np.uint64(n)
+        key = np.uint32(np.uint32(b << np.uint32(1)) | np.uint32(b >> np.uint32(31)))
+        if limit > 0 and key < np.uint32(0xFF000000):
+            for _ in range(min(n, limit)):
+                _push_key(key, tops[row], limit, states[row])

@@ -1,0 +1,128 @@
+"""A Zarr v3 group in one object: arrays with their attributes, and JSON documents beside them.
+
+The object is a ZIP archive of the group's keys, so that writing a record takes one request and
+leaves nothing half-written, and ``zarr.open_group(zarr.storage.ZipStore(path, mode="r"))`` reads
+it. The archive itself does not compress: each chunk is compressed by its Zarr codecs and carries a
+CRC-32C. Equal contents give equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec
+from zarr.core.buffer import Buffer, default_buffer_prototype
+from zarr.storage import MemoryStore
+
+CHUNK_ITEMS = 1 << 24
+"""Items of one chunk, at most: the codecs take less than 2 GiB at a time."""
+
+UNREADABLE = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What ZIP, Zarr, its codecs and our own parsing raise on damaged bytes."""
+
+_DOCUMENTS = "documents/"
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Container:
+    """``arrays``: numeric arrays by name. ``attributes``: the group's, small. ``documents``: JSON
+    values by name, of any size."""
+
+    arrays: Mapping[str, NDArray[Any]]
+    attributes: Mapping[str, Any]
+    documents: Mapping[str, Any] = field(default_factory=dict)
+
+    def pack(self) -> bytes:
+        """The bytes of the object."""
+        members: dict[str, Buffer] = {}
+        group = zarr.create_group(MemoryStore(members), attributes=dict(self.attributes))
+        for name, values in self.arrays.items():
+            array = group.create_array(
+                name,
+                shape=values.shape,
+                dtype=values.dtype,
+                chunks=_chunks(values),
+                compressors=(
+                    BloscCodec(
+                        cname="zstd",
+                        clevel=3,
+                        shuffle=BloscShuffle.shuffle,
+                        typesize=values.dtype.itemsize,
+                    ),
+                    Crc32cCodec(),
+                ),
+                # No array holds its own: a missing chunk cannot pass for data.
+                fill_value=_missing(values.dtype),
+                config={"write_empty_chunks": True},
+            )
+            array[...] = values
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:
+            for key in sorted(members):
+                archive.writestr(zipfile.ZipInfo(key, _EPOCH), members[key].to_bytes())
+            for name, value in sorted(self.documents.items()):
+                info = zipfile.ZipInfo(f"{_DOCUMENTS}{name}.json", _EPOCH)
+                info.compress_type = zipfile.ZIP_DEFLATED
+                archive.writestr(info, json.dumps(value, allow_nan=False))
+        return packed.getvalue()
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Container:
+        """From `pack`. Raises one of `UNREADABLE`."""
+        members: dict[str, Buffer] = {}
+        documents = {}
+        new = default_buffer_prototype().buffer.from_bytes
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            for key in archive.namelist():
+                content = archive.read(key)
+                if key.startswith(_DOCUMENTS):
+                    documents[key[len(_DOCUMENTS) :].removesuffix(".json")] = json.loads(content)
+                else:
+                    members[key] = new(content)
+        group = zarr.open_group(MemoryStore(members, read_only=True), mode="r")
+        names = sorted({key.partition("/")[0] for key in members if "/" in key})
+        return cls(
+            arrays={n: np.asarray(cast(zarr.Array[Any], group[n])[...]) for n in names},
+            attributes=dict(group.attrs),
+            documents=documents,
+        )
+
+
+def checksum(data: bytes) -> str:
+    """Hex SHA-256 of the bytes of an object."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _chunks(values: NDArray[Any]) -> tuple[int, ...]:
+    """Whole rows, as many as fit."""
+    row = max(1, int(np.prod(values.shape[1:], dtype=np.int64)))
+    n_rows = max(1, min(values.shape[0], CHUNK_ITEMS // row))
+    return (n_rows, *(max(1, n) for n in values.shape[1:]))
+
+
+def _missing(dtype: np.dtype[Any]) -> Any:
+    return np.nan if dtype.kind == "f" else np.array(-1).astype(dtype)

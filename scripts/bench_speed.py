@@ -1,0 +1,135 @@
+"""A calibration beside a plain run of the float model, and counting beside copying."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench_engine import Spent, Subject, calibrate_once, counter, new_observer, user_session
+from bench_timing import cpu, paired, ratio, wall
+
+NS_PER_ELEMENT = 0.6
+"""What counting one element may take in the bound for the models other than the encoder."""
+KERNEL_BYTES = 1 << 28
+"""Activations that the kernel is timed on: more than a core's caches hold."""
+
+Say = Callable[[str], None]
+
+
+def speed(subject: Subject, folder: Path, n_rounds: int, say: Say) -> dict[str, Any]:
+    """Ratios to the plain float run, the bound, CPU-seconds per sample and the share of commits."""
+    n = len(subject.source.keys())
+    plain = user_session(subject.case)
+    frozen = subject.frozen_session()
+    tapped = {flag: subject.tapped_session(optimized=flag) for flag in (False, True)}
+    batches = subject.batches()
+
+    def float_run(session: Any) -> None:
+        for keys in batches:
+            session.run(None, subject.feeds(keys))
+
+    spent: dict[str, list[Spent]] = {"compute": [], "all": []}
+    jobs = {taps: subject.job(taps) for taps in spent}
+    observers = {taps: new_observer(job) for taps, job in jobs.items()}
+
+    def calibrated(taps: str) -> None:
+        store = folder / f"{taps}.zarr"
+        done = calibrate_once(jobs[taps], observers[taps], subject.source, store)
+        spent[taps].append(done)
+        shutil.rmtree(store)
+
+    actions: dict[str, Callable[[], None]] = {
+        "plain": lambda: float_run(plain),
+        "compute taps": lambda: calibrated("compute"),
+        "all taps": lambda: calibrated("all"),
+        "frozen": lambda: float_run(frozen),
+        "returned": lambda: float_run(tapped[False]),
+        "returned, optimized": lambda: float_run(tapped[True]),
+    }
+    for action in actions.values():
+        action()
+    for found in spent.values():
+        found.clear()
+    say("warm")
+    laps = paired(actions, n_rounds, say)
+    n_elements = _n_elements(tapped[False], subject)
+    walls = {name: wall(found) for name, found in laps.items()}
+    returned = [
+        min(pair) for pair in zip(walls["returned"], walls["returned, optimized"], strict=True)
+    ]
+    strict = [
+        plain_s + max(0.0, returned_s - frozen_s)
+        for plain_s, returned_s, frozen_s in zip(
+            walls["plain"], walls["returned"], walls["frozen"], strict=True
+        )
+    ]
+    counting_s = n_elements * NS_PER_ELEMENT * 1e-9
+    cpus = {name: cpu(found) for name, found in laps.items()}
+    return {
+        "ratio_compute_taps": ratio(walls["compute taps"], walls["plain"]),
+        "ratio_all_taps": ratio(walls["all taps"], walls["plain"]),
+        "ratio_compute_taps_cpu": ratio(cpus["compute taps"], cpus["plain"]),
+        "ratio_all_taps_cpu": ratio(cpus["all taps"], cpus["plain"]),
+        "all_taps_vs_bound": ratio(walls["all taps"], [one + counting_s for one in returned]),
+        "all_taps_vs_strict_bound": ratio(walls["all taps"], [one + counting_s for one in strict]),
+        "commit_share": statistics.median(s.commit_s / s.total_s for s in spent["all"]),
+        "cpu_s_per_sample": {name: statistics.median(found) / n for name, found in cpus.items()},
+        "detail": {
+            "n_samples": n,
+            "n_rounds": n_rounds,
+            "n_taps": {taps: len(job.taps.points) for taps, job in jobs.items()},
+            "elements_per_sample": n_elements / n,
+            "seconds": {name: statistics.median(found) for name, found in walls.items()},
+            "of_all_taps_s": {
+                "commit": statistics.median(s.commit_s for s in spent["all"]),
+                "finish": statistics.median(s.finish_s for s in spent["all"]),
+            },
+        },
+    }
+
+
+def kernel(subject: Subject, n_rounds: int, say: Say) -> dict[str, Any]:
+    """The histogram kernel beside `numpy.copyto` of the same activations, both in one thread."""
+    session = subject.tapped_session(optimized=False)
+    arrays: list[Any] = []
+    batches = subject.batches()
+    while sum(array.nbytes for array in arrays) < KERNEL_BYTES and batches:
+        outputs = session.run(None, subject.feeds(batches.pop(0)))
+        arrays += [array for array in outputs if array.dtype == np.float32]
+    copies = [np.empty_like(array) for array in arrays]
+
+    def copy() -> None:
+        for target, array in zip(copies, arrays, strict=True):
+            np.copyto(target, array)
+
+    actions = {
+        "copy": copy,
+        "kernel": counter(arrays, channels=False),
+        "kernel with channels": counter(arrays, channels=True),
+    }
+    for action in actions.values():
+        action()
+    laps = paired(actions, n_rounds, say)
+    n_elements = sum(array.size for array in arrays)
+    return {
+        "kernel_vs_copy": ratio(wall(laps["kernel"]), wall(laps["copy"])),
+        "kernel_with_channels_vs_copy": ratio(
+            wall(laps["kernel with channels"]), wall(laps["copy"])
+        ),
+        "ns_per_element": {
+            name: statistics.median(wall(found)) / n_elements * 1e9 for name, found in laps.items()
+        },
+    }
+
+
+def _n_elements(session: Any, subject: Subject) -> int:
+    """Elements that all taps of all samples have; samples of one case have one shape."""
+    keys = subject.batches()[0]
+    feeds = subject.feeds(keys)
+    given = sum(array.size for array in feeds.values() if array.dtype.kind == "f")
+    n = sum(array.size for array in session.run(None, feeds)) + given
+    return int(n / len(keys) * len(subject.source.keys()))

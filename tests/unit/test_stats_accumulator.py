@@ -1,0 +1,246 @@
+"""The accumulator equals plain NumPy bit for bit, on every path that it takes."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from qdist.stats import sweep
+from qdist.stats.accumulator import Accumulator
+from qdist.stats.record import CalibrationRecord
+from qdist.stats.spec import GroupRequest, StatisticsSpec
+from tests.plain_statistics import SPECIAL_BITS, Batch, assert_measured
+
+SPECIAL = np.array(SPECIAL_BITS, np.uint32)
+KINDS = ("bits", "gauss", "relu", "special", "constant", "few", "many", "rising", "plateau", "mask")
+SHAPES: tuple[tuple[int, ...], ...] = (
+    *((), (0,), (0, 5), (1,), (3,), (7, 1), (2, 3, 50)),
+    *((4, 500), (5, 300, 2), (1, 5, 4, 4), (2, 7, 33, 5), (6, 64), (3, 65), (2, 8, 63)),
+    *((sweep.SMALL - 1,), (sweep.SMALL,), (sweep.BLOCK - 1,), (sweep.BLOCK,), (sweep.BLOCK + 1,)),
+    *((2, 3, 3000), (4, 20, 384), (9, 1000), (2, 3000, 3), (1, 2, 9001), (10, 70, 33)),
+)
+
+
+def tensor(shape: tuple[int, ...], kind: str, seed: int, n_pokes: int) -> NDArray[np.float32]:
+    """Values of one kind, with stretches of special bits poked into them."""
+    rng = np.random.default_rng(seed)
+    n = int(np.prod(shape))
+    gauss = rng.normal(size=n).astype(np.float32)
+    kinds: dict[str, Callable[[], NDArray[Any]]] = {
+        "bits": lambda: rng.integers(0, 2**32, n, np.uint32).view(np.float32),
+        "gauss": lambda: gauss,
+        "relu": lambda: np.maximum(gauss, 0),
+        "special": lambda: rng.choice(SPECIAL, n).view(np.float32),
+        "constant": lambda: np.full(n, rng.choice(SPECIAL)).view(np.float32),
+        "few": lambda: rng.integers(0, 40, n).astype(np.float32),
+        "many": lambda: rng.integers(0, 600, n).astype(np.float32),
+        "rising": lambda: np.sort(gauss),
+        "plateau": lambda: np.clip(4 * gauss, -3, 3),
+        "mask": lambda: np.where(gauss > 0, np.float32(-np.inf), gauss),
+    }
+    bits = np.array(kinds[kind](), np.float32).view(np.uint32)
+    for _ in range(n_pokes if n else 0):
+        start = int(rng.integers(0, n))
+        bits[start : start + int(rng.integers(1, 40))] = rng.choice(SPECIAL)
+    return bits.view(np.float32).reshape(shape)
+
+
+def mask(shape: tuple[int, ...], seed: int) -> NDArray[np.bool_]:
+    """A mask that broadcasts to ``shape``, or to its last axes."""
+    rng = np.random.default_rng(seed)
+    mine = tuple(size if rng.random() < 0.6 else 1 for size in shape)
+    return rng.random(mine[int(rng.integers(0, len(shape) + 1)) :]) < 0.6
+
+
+@st.composite
+def batches(draw: Any) -> list[Batch]:
+    """Micro-batches of one tensor, mostly of one shape."""
+    usual = draw(st.sampled_from(SHAPES))
+    parts: list[Batch] = []
+    for _ in range(draw(st.integers(0, 3))):
+        shape = draw(st.sampled_from((usual, usual, usual, *SHAPES)))
+        seed = draw(st.integers(0, 2**32 - 1))
+        values = tensor(shape, draw(st.sampled_from(KINDS)), seed, draw(st.integers(0, 2)))
+        parts.append((values, mask(shape, seed) if draw(st.booleans()) else None))
+    return parts
+
+
+requests = st.builds(
+    lambda axis, size, count, bits: GroupRequest(
+        match="*",
+        axis=axis,
+        group_size=size if count is None else None,
+        group_count=count,
+        mantissa_bits=bits,
+    ),
+    st.integers(-2, 2),
+    st.integers(1, 4),
+    st.one_of(st.none(), st.integers(1, 4)),
+    st.integers(0, 7),
+)
+specs = st.builds(
+    lambda largest, values, groups: StatisticsSpec(
+        n_largest=largest, n_values=values, groups=tuple(groups)
+    ),
+    st.sampled_from((0, 1, 7, 1024)),
+    st.sampled_from((0, 1, 20, 512)),
+    st.lists(requests, max_size=1),
+)
+
+
+def measured(
+    parts: list[Batch], spec: StatisticsSpec, axis: int | None
+) -> tuple[CalibrationRecord, Accumulator]:
+    accumulator = Accumulator(("x",), spec, {} if axis is None else {"x": axis})
+    for values, keep in parts:
+        accumulator.add(0, values, keep)
+    return accumulator.record(), accumulator
+
+
+@given(batches(), specs, st.one_of(st.none(), st.integers(-3, 3)))
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+def test_all_statistics_are_those_of_plain_numpy(
+    parts: list[Batch], spec: StatisticsSpec, axis: int | None
+) -> None:
+    record, accumulator = measured(parts, spec, axis)
+    assert_measured(record, {"x": parts}, spec, {} if axis is None else {"x": axis})
+    nans = record.histogram("x").n_nan
+    assert accumulator.n_nan(0) == nans
+
+
+FLUSHED = sweep.BLOCK * sweep.FLUSH_BLOCKS
+
+
+@pytest.mark.parametrize("n", [FLUSHED - 1, FLUSHED, FLUSHED + 1, 2 * FLUSHED + 5])
+@pytest.mark.parametrize("kind", ["gauss", "constant", "few", "special"])
+def test_scratch_counters_are_emptied_before_they_overflow(n: int, kind: str) -> None:
+    values = tensor((n,), kind, n, 0)
+    spec = StatisticsSpec(n_values=0)
+    record, _ = measured([(values, None)], spec, -1 if kind == "few" else None)
+    counts = np.bincount(record.histogram("x").bins, minlength=1 << 16)
+    assert counts.max() == 1
+    assert int(record.histogram("x").counts.sum()) == n
+    assert record.largest("x").size <= 1024
+    bins = values.view(np.uint32) >> 16
+    if not np.isnan(values).any():
+        plain = np.bincount(bins, minlength=1 << 16)
+        assert np.array_equal(record.histogram("x").counts, plain[plain > 0])
+
+
+@pytest.mark.parametrize("bits", SPECIAL_BITS)
+@pytest.mark.parametrize("place", [0, 5000, 3 * sweep.BLOCK - 1])
+def test_one_special_value_in_one_block_counts_alone(bits: int, place: int) -> None:
+    values = tensor((3, 64, 64), "gauss", 3, 0)
+    values.reshape(-1).view(np.uint32)[place] = bits
+    parts: list[Batch] = [(values, None)]
+    for axis in (0, 1, 2):
+        assert_measured(
+            measured(parts, StatisticsSpec(), axis)[0], {"x": parts}, StatisticsSpec(), {"x": axis}
+        )
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f8", ">f4", "i4"])
+def test_other_types_count_as_their_float32(dtype: str) -> None:
+    values = np.arange(-700, 3000, dtype=dtype).reshape(4, -1)
+    parts: list[Batch] = [(values.astype(np.float32), None)]
+    accumulator = Accumulator(("x",), None, {"x": -1})
+    accumulator.add(0, values)
+    assert_measured(accumulator.record(), {"x": parts}, StatisticsSpec(), {"x": -1})
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_the_order_in_memory_does_not_matter(axis: int) -> None:
+    values = tensor((30, 20, 40), "gauss", 1, 3)
+    orders = (values, np.asfortranarray(values), np.repeat(values, 2, axis=2)[:, :, ::2])
+    for keep in (None, mask(values.shape, 4)):
+        records = [measured([(array, keep)], StatisticsSpec(), axis)[0] for array in orders]
+        assert len({record.digest for record in records}) == 1
+
+
+def test_a_buffer_of_any_alignment_counts() -> None:
+    values = tensor((2, 5000), "gauss", 1, 3)
+    shifted = np.frombuffer(b"x" + values.tobytes(), np.float32, offset=1).reshape(values.shape)
+    assert not shifted.flags.aligned
+    digests = {measured([(a, None)], StatisticsSpec(), 1)[0].digest for a in (values, shifted)}
+    assert len(digests) == 1
+
+
+def test_an_array_is_not_written_to() -> None:
+    values = tensor((3, 5000), "special", 1, 3)
+    before = values.tobytes()
+    values.flags.writeable = False
+    measured([(values, None), (values, values > 0)], StatisticsSpec(), 1)
+    assert values.tobytes() == before
+
+
+def test_a_mask_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="broadcast"):
+        Accumulator(("x",)).add(0, np.zeros((2, 3), np.float32), np.ones((2, 4), np.bool_))
+
+
+def test_reset_forgets_everything_and_a_record_stays_as_it_was() -> None:
+    spec = StatisticsSpec(groups=(GroupRequest(match="*", axis=1, group_size=2),))
+    parts: list[Batch] = [(tensor((2, 9, 400), kind, 1, 2), None) for kind in ("few", "gauss")]
+    record, accumulator = measured(parts, spec, 1)
+    digest, blank = record.digest, Accumulator(("x",), spec, {"x": 1}).record().digest
+    accumulator.reset()
+    assert accumulator.record().digest == blank
+    assert accumulator.n_nan(0) == 0
+    for values, keep in parts:
+        accumulator.add(0, values, keep)
+    assert accumulator.record().digest == digest
+    accumulator.add(0, parts[0][0])
+    fresh = CalibrationRecord.from_arrays(record.tensors, record.n_samples, record.arrays())
+    assert fresh.digest == digest
+
+
+def test_a_typical_tensor_takes_little_memory() -> None:
+    accumulator = Accumulator([f"t{i}" for i in range(50)], None, {})
+    for i in range(50):
+        accumulator.add(i, tensor((40, 384), "gauss", i, 0))
+    assert accumulator.n_bytes < 50 * 100_000
+
+
+@pytest.mark.parametrize("n_tensors", [1, 40])
+def test_tables_of_values_are_reused_and_grow(n_tensors: int) -> None:
+    names = tuple(f"t{i}" for i in range(n_tensors))
+    accumulator = Accumulator(names, None, {})
+    parts: dict[str, list[Batch]] = {name: [] for name in names}
+    for turn in range(3):
+        for i, name in enumerate(names):
+            kind = "few" if (i + turn) % 3 else "many"
+            parts[name].append((tensor((300,), kind, i * 7 + turn, 1), None))
+            accumulator.add(i, parts[name][-1][0])
+    assert_measured(accumulator.record(), parts, StatisticsSpec(), {})
+
+
+@given(specs)
+@settings(deadline=None)
+@example(StatisticsSpec())
+def test_a_spec_survives_json_and_pickling(spec: StatisticsSpec) -> None:
+    assert StatisticsSpec.from_json(spec.to_json()) == spec
+    assert pickle.loads(pickle.dumps(spec)) == spec
+
+
+def test_what_a_spec_cannot_mean_is_refused() -> None:
+    for bad in (
+        {"group_size": 1, "group_count": 2},
+        {},
+        {"group_size": 0},
+        {"group_size": 1, "mantissa_bits": 8},
+        {"group_size": 1, "axis": 64},
+    ):
+        with pytest.raises(ValueError):  # noqa: PT011
+            GroupRequest(**{"match": "*", "axis": 1, **bad})  # type: ignore[arg-type]
+    for name, limit in (("n_largest", -1), ("n_values", -1), ("n_values", 1 << 20)):
+        with pytest.raises(ValueError, match="must lie in"):
+            StatisticsSpec.from_json({name: limit})
+    with pytest.raises(TypeError):
+        StatisticsSpec.from_json({"n_largest": 1, "more": 2})
