@@ -12,6 +12,8 @@
 ``host``       the class that Ray makes actors of.
 ``failures``   the errors of a pool.
 ``calibrate``  the controller that spreads the shards of a calibration over a pool.
+``pipeline``   the same with a pool for each stage of the model; ``stage`` the worker of one.
+``select``     the controller that has samples sketched, and chooses the representative ones.
 ``tune``       the controller that spreads the trials of a search over a pool.
 
 The workers are plain classes of the library and are tested without Ray. The driver keeps the

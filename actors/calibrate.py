@@ -25,6 +25,7 @@ from qdist.digest import canonical_json
 from qdist.errors import StoreError
 from qdist.model.session import fingerprint
 from qdist.stats.observer import Observer, ObserverSpec
+from qdist.stats.warm import warm
 from qdist.store.protocol import CalibrationStore
 from qdist.store.receipt import ShardReceipt
 from qdist.store.zarr_store import open_store
@@ -74,6 +75,7 @@ class CalibrationWorker:
 
     def setup(self) -> dict[str, Any]:
         """Load the tapped model and open the store; says under which fingerprint it runs."""
+        warm()
         self._observe_with(0)
         self._store = open_store(self._location)
         return {"fingerprint": fingerprint(self._specs[0].execution)}
@@ -290,7 +292,7 @@ class _Run:
 def _before(work: Work, left: int, state: CalibrationProgress) -> CalibrationProgress:
     """Where a round starts that has ``work`` of ``left`` samples to do. The second one says why
     there is one."""
-    done = max(0, state.total - left)
+    done = max(0, work.n_wanted - left)
     return replace(
         state,
         done=done,

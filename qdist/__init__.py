@@ -4,9 +4,11 @@ The packages, in the order in which data flows through them:
 
 ``model``      loads an ONNX graph, freezes it, and says which tensors to measure.
 ``data``       names the calibration samples by content and cuts them into shards.
-``stats``      turns one shard into a record of histograms; records merge exactly.
-``store``      keeps the records on disk, each written once or not at all.
-``threshold``  finds clipping ranges from histograms.
+``stats``      turns one shard into a record of statistics; records merge exactly.
+``store``      keeps the records in a folder or bucket, each written once or not at all.
+``threshold``  finds clipping ranges from histograms, and says when they have stopped moving.
+``calibration``  a whole calibration, of the parts above.
+``selection``  the samples that stand for a larger set.
 ``plan``       decides how each layer is quantized and with which numbers.
 ``simulate``   writes the quantized graph that is scored.
 ``emit``       writes the artifact that ships, and checks it.

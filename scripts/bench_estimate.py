@@ -38,8 +38,8 @@ SMALL = (
     EncoderShape(n_layers=4, width=128, n_heads=4, feed_forward=512, length=96),
 )
 """What the constants come from: short and long, narrow and wide, with few and many tensors."""
-BUDGET_BYTES = 400_000_000
-"""A memory budget that cuts the benchmark's encoder into about a dozen segments."""
+BUDGET_BYTES = 560_000_000
+"""A memory budget that cuts the benchmark's encoder into several segments."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,18 +192,17 @@ class SmallCase:
         return spent.total_s
 
     def measured(self) -> Measured:
-        """Medians of all laps."""
-        spent = self._spent
+        """The quickest lap, which other users of the machine disturbed least."""
+        spent = min(self._spent, key=lambda one: one.total_s)
         n_samples = len(self._job.manifest)
-        rows = len(self._job.taps.points) * spent[0].n_shards
+        rows = len(self._job.taps.points) * spent.n_shards
         return Measured(
             workload=self.workload,
             micro_batch=self._case.micro_batch,
-            sample_s=statistics.median(s.total_s - s.commit_s - s.finish_s for s in spent)
-            / n_samples,
-            commit_s=statistics.median(s.commit_s for s in spent) / rows,
-            merge_s=statistics.median(s.finish_s for s in spent) / rows,
-            total_s=statistics.median(s.total_s for s in spent),
+            sample_s=(spent.total_s - spent.commit_s - spent.finish_s) / n_samples,
+            commit_s=spent.commit_s / rows,
+            merge_s=spent.finish_s / rows,
+            total_s=spent.total_s,
             record_bytes=self._record_bytes,
         )
 
@@ -264,7 +263,7 @@ def check(folder: Path, n_samples: int, n_rounds: int, say: Say) -> dict[str, An
         seconds = [case.lap() for case in (*small, target, cut)]
         times = ", ".join(f"{one:.2f}" for one in seconds)
         say(f"{times} s; {flop_s[-1] * 1e12:.1f} ps per operation ({index + 1}/{n_rounds})")
-    constants = fit([case.measured() for case in small], statistics.median(flop_s))
+    constants = fit([case.measured() for case in small], min(flop_s))
     found = target.measured()
     foretold = predicted_s(
         found.workload,
@@ -311,7 +310,7 @@ def stored_bytes(workload: Workload, constants: Constants) -> float:
 def product_flop_s(
     n_laps: int = 7, rows: int = 512, inner: int = 384, columns: int = 1536
 ) -> float:
-    """Seconds per operation of one matrix product in ONNX Runtime, in one thread; the median."""
+    """Seconds per operation of one matrix product in ONNX Runtime, in one thread; the quickest."""
     given = helper.make_tensor_value_info("x", TensorProto.FLOAT, [rows, inner])
     made = helper.make_tensor_value_info("y", TensorProto.FLOAT, [rows, columns])
     rng = np.random.default_rng(SEED)
@@ -324,7 +323,7 @@ def product_flop_s(
     feeds = {"x": rng.standard_normal((rows, inner), np.float32)}
     laps = [lap(lambda: [session.run(None, feeds) for _ in range(20)])[0] for _ in range(n_laps)]
     flops = 20 * 2 * rows * inner * columns
-    return statistics.median(one.wall_s for one in laps) / flops
+    return min(one.wall_s for one in laps) / flops
 
 
 def _relative(terms: Any, wanted: Any, unit: Any) -> list[float]:

@@ -13,6 +13,8 @@
 ``here``        all of it in this process, without Ray.
 ``converge``    no more samples than the thresholds need: early stopping.
 ``blockwise``   statistics of equal blocks of the samples (Icraft's ``batch``).
+``stage``       some segments of a model as one stage of a pipeline.
+``boundary``    tensors on their way from one stage to the next, in the store's place.
 """
 
 from qdist.calibration.feeds import first_feeds, input_specs, load_batch, load_phases

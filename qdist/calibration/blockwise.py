@@ -7,7 +7,7 @@ from collections.abc import Callable
 from qdist.calibration.job import CalibrationJob
 from qdist.calibration.merge import merge_name, recall
 from qdist.calibration.run import complete
-from qdist.calibration.work import Work, blocks
+from qdist.calibration.work import Work, blocks, open_work
 from qdist.errors import StoreError
 from qdist.stats.record import CalibrationRecord
 from qdist.store.protocol import CalibrationStore
@@ -25,7 +25,11 @@ def merge_blocks(
     do not divide, and as `complete`.
     """
     names = []
-    for block in blocks(job):
+    parts = blocks(job)
+    # All of it in one go, so that no worker waits at the end of a block.
+    if (work := open_work(job, store)).tasks:
+        measure(work)
+    for block in parts:
         part = job.part(block)
         if recall(part, store) is None:
             complete(part, store, measure)

@@ -19,10 +19,10 @@ from qdist.data.source import DataSource
 from qdist.errors import DataError, ModelError
 from qdist.model.freeze import FrozenModel
 from qdist.model.graph import Graph
+from qdist.model.segments import unknown_sizes
 from qdist.model.session import Execution, fingerprint
 from qdist.model.taps import TapTable, find_taps
 from qdist.stats.observer import ObserverSpec
-from qdist.stats.spec import StatisticsSpec
 from qdist.store.identity import Identity
 
 
@@ -94,12 +94,7 @@ def _preparation(source: DataSource, settings: CalibrationSettings) -> dict[str,
     if settings.mask_input is None:
         return source.preprocessing()
     axes = {name: list(own) for name, own in sorted(settings.sequence_axes.items())}
-    return {
-        "kind": "masked",
-        "mask": settings.mask_input,
-        "axes": axes,
-        "source": source.preprocessing(),
-    }
+    return {**source.preprocessing(), "counted": {"mask": settings.mask_input, "axes": axes}}
 
 
 def prepare(
@@ -122,7 +117,7 @@ def prepare(
     inputs = input_specs(graph)
     identity = identify(frozen, source, settings, execution, inputs)
     taps = find_taps(graph, settings.taps)
-    _refuse_unused(graph, taps, settings.statistics)
+    _refuse_unused(graph, taps, settings)
     manifest = (
         SampleManifest.first(source, on_progress=on_progress)
         if earlier is None
@@ -150,7 +145,7 @@ def prepare(
         manifest=manifest,
         grid=grid,
         n_per_shard=max(1, n_per_shard),
-        notes=tuple(_notes(frozen, settings, manifest, size, observer)),
+        notes=tuple(_notes(graph, settings, manifest, size, observer)),
         measuring=measuring,
         decoder=decoder,
     )
@@ -199,18 +194,20 @@ def _largest(
     return tuple(found)
 
 
-def _refuse_unused(graph: Graph, taps: TapTable, statistics: StatisticsSpec) -> None:
-    """Raise QD208 for histograms per channel of tensors that no taps would measure."""
-    unused = [each for each in statistics.groups if not any(map(each.matches, taps.tensors))]
+def _refuse_unused(graph: Graph, taps: TapTable, settings: CalibrationSettings) -> None:
+    """Raise QD208 for settings of tensors that no taps would measure."""
+    wanted = [("groups", each.match, each.matches) for each in settings.statistics.groups]
+    wanted += [("sequence_axes", name, name.__eq__) for name in settings.sequence_axes]
+    unused = [each for each in wanted if not any(map(each[2], taps.tensors))]
     every = find_taps(graph) if unused else taps
-    for request in unused:
-        if any(map(request.matches, every.tensors)):
+    for key, given, matches in unused:
+        if any(map(matches, every.tensors)):
             continue
-        rows = {row for name, row in every.aliases.items() if request.matches(name)}
-        close = sorted(rows) or difflib.get_close_matches(request.match, every.tensors, cutoff=0.5)
+        rows = {row for name, row in every.aliases.items() if matches(name)}
+        close = sorted(rows) or difflib.get_close_matches(given, every.tensors, cutoff=0.5)
         raise ModelError(
             "QD208",
-            where=f"calibration.groups entry {request.match!r}",
+            where=f"calibration.{key} entry {given!r}",
             got="no measured tensor of that name",
             expected="a name or pattern of measured tensors",
             mend=f"did you mean {' or '.join(close[:3])}?"
@@ -240,19 +237,24 @@ def _refuse_rest(
 
 
 def _notes(
-    frozen: FrozenModel,
+    graph: Graph,
     settings: CalibrationSettings,
     manifest: SampleManifest,
     size: int,
     observer: ObserverSpec,
 ) -> list[str]:
-    notes = list(frozen.notes)
+    notes = list(graph.model.notes)
     if size != settings.micro_batch:
         notes.append(f"micro-batches of {size}: the model or its samples fix the batch")
     if len(observer.segments) > 1:
         most = max(segment.estimate_bytes for segment in observer.segments)
         notes.append(
             f"the model runs in {len(observer.segments)} segments of at most {most / 1e9:.2f} GB"
+        )
+    if unsized := unknown_sizes(graph, observer.segments):
+        notes.append(
+            f"the memory estimate leaves out {len(unsized)} tensors whose size depends on values, "
+            f"such as {', '.join(unsized[:3])}"
         )
     notes.extend(f"sample {key} repeats another and counts once" for key in manifest.duplicates)
     if manifest.absent:

@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from qdist.calibration.settings import CalibrationSettings
 from qdist.data.decoder import Decoder
 from qdist.data.positions import MaskDims, feature_widths
-from qdist.errors import DataError
+from qdist.errors import DataError, ModelError
 from qdist.model.channels import channel_axes
+from qdist.model.estimate import BASE_BYTES
 from qdist.model.graph import Graph
 from qdist.model.segments import Segment, cut, whole
 from qdist.model.session import Execution
 from qdist.model.taps import TapTable
 from qdist.stats.observer import SPOOL_BYTES, ObserverSpec, Padding
 
+LEAST_SPOOL_BYTES = 1 << 20
+"""What waits between segments in memory where a budget has no room for more."""
 Shapes = Mapping[str, tuple[int, ...]]
 """Input of the model -> shape, batch axis included."""
 
@@ -43,14 +46,15 @@ class Measuring:
             segments: tuple[Segment, ...] = (whole(self.graph, taps, hands=hands),)
         else:
             spool = min(SPOOL_BYTES, budget // 16)
-            segments = cut(
-                self.graph,
-                taps,
-                _as_shapes(self.shapes),
-                budget - spool,
-                hands=hands,
-                execution=self.execution,
-            )
+            try:
+                segments = self._cut(taps, hands, budget, spool)
+            except ModelError as error:
+                if error.code != "QD211":
+                    raise
+                # What waits between segments can go to files at once: the need that is named
+                # is then one that is enough.
+                spool = LEAST_SPOOL_BYTES
+                segments = self._cut(taps, hands, budget, spool)
         return ObserverSpec(
             segments=segments,
             data_folder=self.graph.model.data_folder,
@@ -62,6 +66,19 @@ class Measuring:
             carry=carry,
             padding=self._padding(taps),
             spool_bytes=spool,
+        )
+
+    def _cut(
+        self, taps: TapTable, hands: list[str], budget: int, spool: int
+    ) -> tuple[Segment, ...]:
+        return cut(
+            self.graph,
+            taps,
+            _as_shapes(self.shapes),
+            budget,
+            hands=hands,
+            base_bytes=BASE_BYTES + spool,
+            execution=self.execution,
         )
 
     def _padding(self, taps: TapTable) -> Padding | None:

@@ -23,12 +23,14 @@ class ShardTask:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
     """``tasks`` in the order of the grid; ``observers``: one for each set of taps that is missing
-    somewhere. ``receipt_ids``: the finished shards that the tasks complete. ``is_again``: a round
-    before has measured all of it, and some was lost."""
+    somewhere. ``receipt_ids``: the finished shards that the tasks complete. ``n_wanted``: samples
+    of the job, finished ones included. ``is_again``: a round before has measured all of it, and
+    some was lost."""
 
     observers: tuple[ObserverSpec, ...]
     tasks: tuple[ShardTask, ...]
     receipt_ids: frozenset[str]
+    n_wanted: int
     is_again: bool = False
 
     @property
@@ -62,6 +64,7 @@ def open_work(job: CalibrationJob, store: CalibrationStore) -> Work:
         observers=tuple(observers),
         tasks=tuple(tasks),
         receipt_ids=frozenset(receipt.id for receipt, _ in covered.parts),
+        n_wanted=job.n_samples,
     )
 
 

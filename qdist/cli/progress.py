@@ -94,7 +94,8 @@ class Bar:
 
     def _line(self, done: int, total: int, now: float, note: str) -> str:
         seconds = max(now - self._begin, 1e-9)
-        own = done - (self._first_done or 0)
+        # Where a run stops early, it ends below what it once took to be done.
+        own = max(0, done - (self._first_done or 0))
         rate = own / seconds
         text = f"{self._label}: {done}/{total} {self._unit}"
         if own == 0 and done == total:

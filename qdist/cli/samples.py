@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from qdist.calibration import CalibrationSettings, input_specs
@@ -9,12 +10,12 @@ from qdist.cli import domain, schema
 from qdist.cli.context import Context
 from qdist.data.captured import Capture, capture
 from qdist.data.checks import InputSpec
-from qdist.data.decoder import Phased, find_decoder
+from qdist.data.decoder import Decoder, Phased, find_decoder
 from qdist.data.random_source import RANDOM_WARNING, RandomSource
 from qdist.data.sequence import Bucketed, Trimmed, sequence_axes
 from qdist.data.source import DataSource
 from qdist.data.subset import Excluded, Limited, Listed
-from qdist.errors import ConfigError
+from qdist.errors import ConfigError, DataError
 from qdist.model.graph import Graph
 from qdist.model.taps import MODES
 
@@ -42,7 +43,8 @@ def samples(
     """What ``data.calibration`` describes. Raises `ConfigError` and `DataError`."""
     config = data.calibration
     inputs = input_specs(graph)
-    base, notes = _base(config, graph, inputs, context)
+    decoder = _decoder(config, graph, inputs)
+    base, notes = _base(config, graph, inputs, decoder, context)
     chosen = _chosen(base, config, data.max_samples)
     settings = replace(
         domain.calibration(calibration),
@@ -50,17 +52,8 @@ def samples(
         mask_input=config.mask_input,
         bucketed=bool(config.length_buckets),
     )
+    _refuse_unused(config, settings, inputs)
     source = _sized(chosen, config, inputs)
-    decoder = None
-    if config.decode_steps is not None:
-        decoder = find_decoder(
-            inputs,
-            graph.output_names,
-            n_steps=config.decode_steps,
-            token_input=config.token_input,
-            position_input=config.position_input,
-            **({"mask_input": config.mask_input} if config.mask_input else {}),
-        )
     if decoder is not None:
         source = Phased(source=source, decoder=decoder)
         notes = (
@@ -68,6 +61,52 @@ def samples(
             f"measured as a prefill and {config.decode_steps} decode steps of one token each",
         )
     return Samples(chosen=chosen, source=source, settings=settings, notes=notes)
+
+
+def _decoder(
+    config: schema.SampleOptions, graph: Graph, inputs: tuple[InputSpec, ...]
+) -> Decoder | None:
+    """How samples are run by a model with a cache, unless they bring their own pasts."""
+    if config.decode_steps is None:
+        return None
+    return find_decoder(
+        inputs,
+        graph.output_names,
+        n_steps=config.decode_steps,
+        token_input=config.token_input,
+        position_input=config.position_input,
+        **({"mask_input": config.mask_input} if config.mask_input else {}),
+    )
+
+
+def _refuse_unused(
+    config: schema.SampleOptions, settings: CalibrationSettings, inputs: tuple[InputSpec, ...]
+) -> None:
+    """Raise QD105 for settings of padding without a mask, QD307 for those of no input."""
+    padding: dict[str, Mapping[str, object]] = {
+        "data.calibration.sequence_axes": config.sequence_axes,
+        "data.calibration.pad_values": config.pad_values,
+    }
+    for key, given in {**padding, "calibration.sequence_axes": settings.sequence_axes}.items():
+        if given and config.mask_input is None:
+            raise ConfigError(
+                "QD105",
+                where="data.calibration.mask_input",
+                got=f"no mask for {key}",
+                expected="the input that tells the model which positions are padding",
+                mend="add data.calibration.mask_input=attention_mask",
+            )
+    known = [spec.name for spec in inputs]
+    for key, given in padding.items():
+        strangers = sorted(set(given) - set(known))
+        if strangers:
+            raise DataError(
+                "QD307",
+                where=key,
+                got=", ".join(strangers),
+                expected=f"inputs of the model: {', '.join(known)}",
+                mend="correct the name, or remove the entry",
+            )
 
 
 def _taps(wanted: str | list[str]) -> str | tuple[str, ...]:
@@ -90,12 +129,14 @@ def _base(
     config: schema.SamplesConfig,
     graph: Graph,
     inputs: tuple[InputSpec, ...],
+    decoder: Decoder | None,
     context: Context[schema.CalibrateSettings] | Context[schema.TuneSettings],
 ) -> tuple[DataSource, tuple[str, ...]]:
     match config:
         case schema.RandomSamples():
             source = RandomSource(
-                inputs=inputs,
+                # Masks, positions and pasts follow from the tokens.
+                inputs=inputs if decoder is None else decoder.sample_specs({}),
                 n_samples=config.n_samples,
                 distribution=config.distribution,
                 ranges={

@@ -7,13 +7,26 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
-
-class Group(BaseModel):
-    """A group of settings: immutable, and no key beside those named."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+from qdist.cli.data_schema import (
+    ArraySamples,
+    ArraysConfig,
+    CapturedSamples,
+    DataConfig,
+    FunctionDataConfig,
+    FunctionSamples,
+    Group,
+    ImageSamples,
+    ImagesConfig,
+    PreprocessConfig,
+    RandomSamples,
+    SampleOptions,
+    SamplesConfig,
+    SourceConfig,
+    TextConfig,
+    TextSamples,
+)
 
 
 class ModelConfig(Group):
@@ -23,164 +36,6 @@ class ModelConfig(Group):
     path: str = Field(min_length=1, description="the ONNX file; external data lies beside it")
     provider: str = Field("CPUExecutionProvider", description="ONNX Runtime execution provider")
     threads: int = Field(1, ge=1, description="intra-op threads of each session")
-
-
-class PreprocessConfig(Group):
-    """(x * scale - mean) / std in float32, after transposing."""
-
-    scale: float = 1.0
-    mean: list[float] = []
-    std: list[float] = []
-    channel_axis: int = 0
-    transpose: list[int] = []
-    dtype: str = "float32"
-
-
-_KEEP = PreprocessConfig(dtype="keep")
-
-
-class ArraysConfig(Group):
-    """Arrays in .npz or .npy files."""
-
-    kind: Literal["arrays"]
-    path: str = Field(description="an .npz or .npy file, or a folder of them")
-    inputs: dict[str, str] = Field(
-        description="which array feeds which input, {model input: key in the file}, "
-        "as in 'data.calibration.inputs={images: x}'"
-    )
-    labels: str | None = None
-    limit: int | None = Field(None, ge=1)
-    start: int = Field(0, ge=0)
-    preprocess: PreprocessConfig = _KEEP
-
-
-class ImagesConfig(Group):
-    """Image files in a folder."""
-
-    kind: Literal["images"]
-    folder: str
-    input_name: str
-    list_file: str | None = None
-    labels_file: str | None = None
-    resize: int | list[int] | None = None
-    crop: int | None = Field(None, ge=1)
-    letterbox: list[int] | None = None
-    color: Literal["RGB", "BGR", "GRAY"] = "RGB"
-    layout: Literal["NCHW", "NHWC"] = "NCHW"
-    limit: int | None = Field(None, ge=1)
-    start: int = Field(0, ge=0)
-    preprocess: PreprocessConfig = PreprocessConfig()
-
-
-class TextConfig(Group):
-    """Chunks of a tokenized text."""
-
-    kind: Literal["text"]
-    path: str
-    tokenizer_path: str
-    input_name: str
-    lengths: list[int]
-    n_samples: int | None = Field(None, ge=1)
-    start_token: int = Field(0, ge=0)
-    bos: bool = True
-
-
-class FunctionDataConfig(Group):
-    """Samples from the user's own function."""
-
-    kind: Literal["function"]
-    target: str
-    arguments: dict[str, Any] = {}
-
-
-SourceConfig = Annotated[
-    ArraysConfig | ImagesConfig | TextConfig | FunctionDataConfig, Field(discriminator="kind")
-]
-
-
-class SampleOptions(Group):
-    """Which samples of a set are measured, and how they are run."""
-
-    exclude: list[str] = Field([], description="keys or patterns of samples to leave out")
-    listed: str | None = Field(None, description="a file with one key a line: only those samples")
-    mask_input: str | None = Field(
-        None, description="the input that is zero where a position is padding"
-    )
-    sequence_axes: dict[str, list[int]] = Field(
-        {}, description="sequence axes of inputs, from the end, where the model does not name them"
-    )
-    length_buckets: list[int] = Field(
-        [], description="pad samples to the next of these lengths, so that several run together"
-    )
-    pad_values: dict[str, float] = Field({}, description="what each input is padded with")
-    pad_side: Literal["left", "right"] = "right"
-    decode_steps: int | None = Field(
-        4,
-        ge=0,
-        description="tokens decoded one at a time by a model with a cache; null: the samples "
-        "bring their own pasts",
-    )
-    token_input: str = Field("input_ids", description="a decoder's token ids")
-    position_input: str = Field("position_ids", description="a decoder's positions")
-
-
-class ArraySamples(ArraysConfig, SampleOptions):
-    """Arrays in .npz or .npy files."""
-
-
-class ImageSamples(ImagesConfig, SampleOptions):
-    """Image files in a folder."""
-
-
-class TextSamples(TextConfig, SampleOptions):
-    """Chunks of a tokenized text."""
-
-
-class FunctionSamples(FunctionDataConfig, SampleOptions):
-    """Samples from the user's own function."""
-
-
-class CapturedSamples(SampleOptions):
-    """What the user's own inference function feeds the model."""
-
-    kind: Literal["captured"]
-    target: str = Field(description="module:function or FILE.py:function, called with an executor")
-    arguments: dict[str, Any] = {}
-    batch_size: int = Field(1, ge=1, description="executor.batch_size")
-    iteration: int | None = Field(None, ge=1, description="executor.iteration")
-    dataset: str | None = Field(None, description="executor.dataset")
-
-
-class RandomSamples(SampleOptions):
-    """Random numbers, to try a model without data."""
-
-    kind: Literal["random"]
-    n_samples: int = Field(32, ge=1, description="how many random samples")
-    distribution: Literal["uniform", "normal"] = Field(
-        "uniform", description="of float inputs: uniform in [0, 1), or normal"
-    )
-    ranges: dict[str, list[int]] = Field({}, description="{INPUT: [LOW, HIGH]} of integer inputs")
-    sizes: dict[str, int] = Field({}, description="{DIMENSION: SIZE} of named dimensions")
-    seed: int = 0
-
-
-SamplesConfig = Annotated[
-    ArraySamples | ImageSamples | TextSamples | FunctionSamples | CapturedSamples | RandomSamples,
-    Field(discriminator="kind"),
-]
-
-
-class DataConfig(Group):
-    """The calibration set and the evaluation set."""
-
-    path: str | None = Field(None, description="what the group's two sets are read from")
-    tokenizer: str | None = Field(None, description="the tokenizer's file (text)")
-    calibration: SamplesConfig = Field(description="where calibration samples come from")
-    evaluation: SourceConfig | None = Field(None, description="where evaluation samples come from")
-    max_samples: int | None = Field(None, ge=1, description="calibrate with the first N at most")
-    select_num: int | None = Field(
-        None, ge=1, description="calibrate with N representative samples (Icraft's autoqset)"
-    )
 
 
 class GroupsConfig(Group):
@@ -509,3 +364,49 @@ NOT_IDENTITY_KEYS = frozenset(
     | {f"tracking.{name}" for name in TrackingConfig.model_fields}
 )
 """All its other keys. A test fails on a key that is in neither set."""
+
+__all__ = [
+    "COMMANDS",
+    "IDENTITY_KEYS",
+    "NOT_IDENTITY_KEYS",
+    "ArraySamples",
+    "ArraysConfig",
+    "CalibrateSettings",
+    "CalibrationConfig",
+    "CapturedSamples",
+    "ClusterConfig",
+    "CommandConfig",
+    "CommandSettings",
+    "CompareConfig",
+    "CompareSettings",
+    "DataConfig",
+    "EarlyStopConfig",
+    "EmitSettings",
+    "EvaluateSettings",
+    "EvaluationConfig",
+    "FunctionConfig",
+    "FunctionDataConfig",
+    "FunctionSamples",
+    "Group",
+    "GroupsConfig",
+    "ImageSamples",
+    "ImagesConfig",
+    "MetricConfig",
+    "ModelConfig",
+    "OutputConfig",
+    "PreprocessConfig",
+    "QuantizationConfig",
+    "QuantizeSettings",
+    "RandomSamples",
+    "RuleConfig",
+    "SampleOptions",
+    "SamplesConfig",
+    "SearchConfig",
+    "SourceConfig",
+    "StoreConfig",
+    "TargetConfig",
+    "TextConfig",
+    "TextSamples",
+    "TrackingConfig",
+    "TuneSettings",
+]

@@ -5,6 +5,7 @@
 ``function``     a user's own Python function that returns samples;
 ``captured``     what a user's own inference function feeds to an ``executor``;
 ``random_source``  random numbers, from the shapes of the inputs alone.
+``selection``    which samples stand for the whole set, from sketches of what they do.
 ``subset``       sources of some samples of another: the first, all but some, those of a list.
 ``sequence``     sources of another's samples with padding cut off, or padded to a few lengths.
 ``positions``    which elements of an activation belong to positions that are no padding.

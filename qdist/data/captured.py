@@ -30,6 +30,7 @@ from qdist.digest import digest_arrays, digest_bytes, digest_json
 from qdist.errors import ConfigError, DataError, QdistError
 from qdist.files import make_folder, replacing, write_json
 from qdist.model.graph import Graph
+from qdist.model.half import widened
 from qdist.model.session import Execution, run, scoring_session
 from qdist.targets import load_target
 
@@ -258,7 +259,9 @@ def _captured(
     (folder / INDEX).unlink(missing_ok=True)
     for stale in folder.glob("*.npz"):
         stale.unlink()
-    session = scoring_session(graph.model.graph_bytes, execution, graph.model.data_folder)
+    folder_of_weights = graph.model.data_folder
+    proto = widened(graph.model.proto(), folder_of_weights, execution)
+    session = scoring_session(proto.SerializeToString(), execution, folder_of_weights)
     recorder = _Recorder(lambda feeds: run(session, None, feeds), inputs, folder, call.iteration)
     _call(call, graph, recorder)
     if not recorder.samples:

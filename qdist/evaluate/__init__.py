@@ -10,5 +10,5 @@
 ``reference`` the float model's outputs, on disk.
 ``overlap``   are evaluation samples calibration samples?
 ``compare``   layer by layer, fed by float inputs and by the quantized model's own.
-``dump``      outputs as text files, for tools that read them.
+``dump``      outputs as text files, for tools that read them; ``blob`` one tensor as such.
 """

@@ -6,8 +6,29 @@
 ``freeze``    the one simplification that everything after it shares; its digest is identity.
 ``rewrite``   the single rewriting steps that freezing is made of.
 ``constants`` those of them that compute constants ahead of time.
+``difference`` does a rewritten model still compute what it did?
 ``graph``     who makes a tensor, who reads it, of what type and shape it is.
 ``layers``    what a layer is: its activations, weights and outputs.
-``taps``      which tensors are measured, and which merely alias another.
 ``session``   ONNX Runtime sessions with the settings the project's laws ask for.
+
+What is measured:
+
+``taps``      which tensors are measured, and which merely alias another.
+``views``     operators that only rearrange values; ``origins`` where a tensor's values come from.
+``bodies``    the tensors inside ``If``, ``Loop`` and ``Scan``; ``hoist`` brings them out.
+``elements``  element types of every tensor; ``precision`` where float16 and bfloat16 are spoken of.
+``half``      half precision, computed in float32 and rounded where the model says.
+``channels``  which axis counts a tensor's channels.
+``masks``     tensors that carry a mask into a Softmax.
+``experts``   layers that see only the tokens that a router sends them.
+
+Models larger than memory:
+
+``flow``      the work of a graph as steps, and what crosses between them.
+``shapes``    how large every tensor is for given inputs.
+``estimate``  how much memory consecutive steps take; ``cutting`` where to cut.
+``segments``  the parts as graphs of their own.
+``relay``     what waits between segments and phases; ``spool`` in memory, and beyond that on disk.
+``frugal``    sessions that hold as little memory as they can.
+``within``    one run of a model within a budget.
 """

@@ -17,9 +17,15 @@ from qdist.model.flow import Flow, Step
 from qdist.model.shapes import Shapes
 from qdist.model.weights import n_bytes_of
 
-BASE_BYTES = 256 << 20
-"""What a worker holds without any model: the interpreter, NumPy, Numba's compiler, ONNX Runtime and
-Zarr. Measured: 190 to 230 MB."""
+BASE_BYTES = 352 << 20
+"""What a worker holds without any model, file pages included: the interpreter, Ray, NumPy, Numba's
+kernels, ONNX Runtime and Zarr.
+
+Measured (resident, Linux x86-64), in a Ray actor: 79 MiB before anything is imported, 223 MiB with
+the imports and its `CalibrationWorker`, 283 MiB with the kernels loaded, 291 MiB with a session of
+a tiny model, 295 MiB after its shards; where the worker had to compile the kernels, 338, 345 and
+349 MiB. Some 160 MiB are file pages, which the workers of one machine share. Without Ray: 122 MiB
+with the imports, 136 to 153 MiB after a model was frozen, indexed and cut."""
 TAP_BYTES = 160 << 10
 """What the statistics of one measured tensor take while they are gathered. Measured: 136 KiB."""
 RECORD_BYTES = 144 << 10
@@ -77,6 +83,10 @@ class Estimate:
             name: max((entry.n_bytes(name) or 0) for entry in shapes) for name in names
         }
         self.elements: Mapping[str, int] = shapes[0].elements
+        self.last_use: Mapping[str, int] = {
+            name: position for position, step in enumerate(flow.steps) for name in step.constants
+        }
+        """The last step that reads what is made of constants."""
         self._work = [self._workspace(step) for step in flow.steps]
         inline = (t for t in flow.weights.values() if t.data_location != TensorProto.EXTERNAL)
         self.inline_bytes = sum(n_bytes_of(tensor) for tensor in inline)
@@ -171,7 +181,12 @@ class _Window:
         step = self._flow.steps[position]
         size = self._estimate.n_bytes
         self._add_weights(step)
-        for name in (*step.inputs, *step.constants, *step.reads):
+        for name in step.constants:
+            if name not in self._seen:
+                self._seen.add(name)
+                self._live += size[name]
+                self._note(size[name], f"tensor {name}")
+        for name in (*step.inputs, *step.reads):
             if name in self._seen or self._flow.maker.get(name, -1) >= self._start:
                 continue
             self._seen.add(name)
@@ -192,6 +207,9 @@ class _Window:
                 and self._flow.last_reader.get(name, -1) <= position
                 and name not in self._flow.kept
             ):
+                self._live -= size[name]
+        for name in step.constants:
+            if self._estimate.last_use[name] == position:
                 self._live -= size[name]
         fixed = self._weights + self._inline + self._held + self._statistics
         peak = max(

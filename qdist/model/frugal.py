@@ -20,15 +20,14 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from qdist.model.session import Execution, open_session, session_options
+from qdist.model.session import Execution, measuring_options, open_session
 
 
 def frugal_session(
     model: bytes, data_folder: Path | None, execution: Execution
 ) -> ort.InferenceSession:
     """A measuring session without an arena: same bits, least memory. Raises QD205."""
-    options = session_options(execution)
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options = measuring_options(execution)
     options.enable_cpu_mem_arena = False
     return open_session(model, data_folder, execution, options)
 

@@ -34,6 +34,8 @@ class Segment:
     which are measured here; ``sends``, which later segments read; and ``hands``, which the caller
     asked for. ``weight_bytes``, ``estimate_bytes``: weights and peak of the process; 0 where they
     were not estimated. ``is_frugal``: run without an arena, since the budget is counted that way.
+    ``unsized``: what it makes whose size nothing tells in advance and which the estimate leaves
+    out, by the names in the graph as it is run (`unknown_sizes` has those of the model).
     """
 
     graph_bytes: bytes
@@ -45,6 +47,7 @@ class Segment:
     weight_bytes: int = 0
     estimate_bytes: int = 0
     is_frugal: bool = False
+    unsized: tuple[str, ...] = ()
 
 
 def whole(graph: Graph, taps: TapTable, *, hands: Iterable[str] = ()) -> Segment:
@@ -95,9 +98,21 @@ def cut(
                 whole(graph, taps, hands=handed),
                 weight_bytes=need.weight_bytes,
                 estimate_bytes=_with_arena(plan) + taken,
+                unsized=plan.unknown,
             ),
         )
     return _measuring(plan, taps, handed, base_bytes)
+
+
+def unknown_sizes(graph: Graph, segments: Iterable[Segment]) -> tuple[str, ...]:
+    """Tensors of the model, and measured ones inside bodies, that no estimate of these segments
+    holds, since their sizes depend on values. In graph order, bodies last."""
+    unsized: set[str] = set()
+    measured: dict[str, None] = {}
+    for segment in segments:
+        unsized.update(segment.unsized)
+        measured.update(dict.fromkeys(segment.tensors))
+    return tuple(name for name in dict.fromkeys((*graph.maker, *measured)) if name in unsized)
 
 
 def cut_at(
@@ -201,6 +216,7 @@ def _segment(plan: CutPlan, index: int, base_bytes: int) -> Segment:
         weight_bytes=need.weight_bytes,
         estimate_bytes=need.peak_bytes + base_bytes + plan.estimate.held_bytes,
         is_frugal=True,
+        unsized=tuple(name for name in plan.unknown if name in made),
     )
 
 
@@ -217,10 +233,11 @@ def _part(flow: Flow, start: int, stop: int) -> ModelProto:
     part.opset_import.extend(flow.model.opset_import)
     part.functions.extend(flow.model.functions)
     part.graph.name = f"steps_{start}_{stop}"
+    # Nodes keep their order: what is made of constants stands where it is read, and runs there.
+    made = constants.union(name for step in steps for name in step.makes)
     part.graph.node.extend(
-        node for node in flow.model.graph.node if not constants.isdisjoint(node.output)
+        node for node in flow.model.graph.node if not made.isdisjoint(node.output)
     )
-    part.graph.node.extend(step.node for step in steps)
     part.graph.initializer.extend(
         tensor for tensor in flow.model.graph.initializer if tensor.name in weights
     )

@@ -106,9 +106,7 @@ def measuring_session(
 
     ``data_folder`` is where external data lies when ``model`` is bytes. Raises QD205.
     """
-    options = session_options(execution)
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return open_session(model, data_folder, execution, options)
+    return open_session(model, data_folder, execution, measuring_options(execution))
 
 
 def scoring_session(
@@ -145,6 +143,17 @@ def run(
             mend="check that the sample's shapes are ones the model was exported for; where memory "
             "ran out, lower calibration.micro_batch, evaluation.batch or compare.batch",
         ) from error
+
+
+def measuring_options(execution: Execution) -> ort.SessionOptions:
+    """What all measuring sessions have in common: no graph optimization, and nodes run in the order
+    in which they are written. ONNX Runtime's own order computes all that depends on constants alone
+    first and keeps it: of 128 MiB of weights in float16, all in float32 at once (392 MiB in place
+    of 152)."""
+    options = session_options(execution)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    return options
 
 
 def session_options(execution: Execution) -> ort.SessionOptions:

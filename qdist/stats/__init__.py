@@ -21,7 +21,7 @@ How they are gathered:
 ``value_counts``  value tables while they are counted.
 ``group_counts``  group histograms while they are counted.
 ``kernels``       dense counting and the merging loops, compiled.
-``compiled``      how loops are compiled.
+``compiled``      how loops are compiled; ``warm`` compiles them ahead of the first run.
 
 How they are used:
 

@@ -5,4 +5,7 @@
 ``maximum``, ``percentile``, ``mse``, ``entropy``  one family each.
 ``sentinel``    values that mean "masked" rather than a magnitude.
 ``registry``    the methods by name, and the one function that applies them.
+``kernels``     the error integral, compiled.
+``blocks``      the mean of the ranges of equal blocks (Icraft's ``batch``).
+``convergence`` have ranges stopped moving? The policy of early stopping.
 """

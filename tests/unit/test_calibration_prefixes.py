@@ -18,7 +18,6 @@ from qdist.calibration import (
 )
 from qdist.calibration.blockwise import block_records
 from qdist.errors import ConfigError, DataError, StoreError
-from qdist.model.freeze import FrozenModel
 from qdist.model.graph import Graph
 from qdist.plan.choice import LayerChoice
 from qdist.plan.planner import Planner, PlanSettings
@@ -38,7 +37,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Graph:
         helper.make_node("MatMul", ["x", "w"], ["h"], "matmul"),
         helper.make_node("Relu", ["h"], ["y"], "relu"),
     ]
-    shape = ["n", 3, 16]
+    shape: list[int | str | None] = ["n", 3, 16]
     proto = model(nodes, [value("x", shape)], [value("y", shape)], {"w": normal(16, 16, seed=3)})
     return Graph(frozen_from(proto, tmp_path_factory.mktemp("m") / "model.onnx"), EXECUTION)
 
@@ -132,8 +131,8 @@ def test_too_few_samples_to_judge(graph: Graph, tmp_path: Path) -> None:
 
 def test_early_stopping_and_blocks_contradict_each_other(graph: Graph, tmp_path: Path) -> None:
     job = job_of(graph, SOURCE, n_blocks=2)
+    store = create_store(tmp_path / "s", job.identity)
     with pytest.raises(ConfigError) as caught:
-        store = create_store(tmp_path / "s", job.identity)
         calibrate_here(job, SOURCE, store, early_stop=EASY)
     assert caught.value.code == "QD107"
 

@@ -23,7 +23,8 @@ from tests.tapped import (
     untapped_outputs,
 )
 
-SILERO = Path("/work/shared/assets/models/silero_vad_16k_op15.onnx")
+SHARED = Path(__file__).resolve().parents[2].parent / "shared"
+SILERO = SHARED / "assets/models/silero_vad_16k_op15.onnx"
 BOOL, INT64 = TensorProto.BOOL, TensorProto.INT64
 
 

@@ -73,4 +73,10 @@ def run(context: Context[QuantizeSettings]) -> None:
         ("seconds", f"{context.seconds:.1f}"),
     )
     context.console.print(steps.facts_table(f"Quantized {settings.model.name}", facts))
-    context.notes([*projected.plan.notes, *steps.plan_notes(projected.plan)])
+    context.notes(
+        [
+            *steps.random_notes(store),
+            *projected.plan.notes,
+            *steps.plan_notes(projected.plan),
+        ]
+    )

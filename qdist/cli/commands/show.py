@@ -77,6 +77,12 @@ def _show_store(location: str, console: Console, rows: int | None) -> None:
         f"{len(merge.taps.aliases)} more tensors share these rows",
         highlight=False,
     )
+    n_groups = [len(merge.record.groups(tensor)) for tensor in merge.record.tensors]
+    if any(n_groups):
+        console.print(
+            f"{sum(map(bool, n_groups))} tensors have histograms per channel or group too",
+            highlight=False,
+        )
 
 
 def _parse(words: list[str]) -> tuple[list[str], int | None]:

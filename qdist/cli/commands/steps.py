@@ -19,6 +19,7 @@ from qdist.cli.progress import bar
 from qdist.cli.samples import samples
 from qdist.cli.selecting import selected
 from qdist.data.manifest import SampleManifest
+from qdist.data.random_source import RANDOM_WARNING
 from qdist.data.source import DataSource
 from qdist.errors import ModelError, StoreError
 from qdist.files import write_json
@@ -87,10 +88,14 @@ def calibrate(
         )
     # Settings that cannot be leave no store behind, which would then refuse better ones.
     blocks(job)
-    store = there or create_store(place, identity)
-    store.put_document(SAMPLES, job.manifest.to_json())
     context.notes(_size_notes(job, wanted.source))
-    context.notes(check_freezing(frozen, job, wanted.source, store, context))
+    checks = None if there is None else there.document(CHECKS)
+    if checks is None:
+        checks = check_freezing(frozen, job, wanted.source, context)
+    store = there or create_store(place, identity)
+    store.put_document(CHECKS, checks)
+    store.put_document(SAMPLES, job.manifest.to_json())
+    context.notes([str(note) for note in checks["notes"]])
     merged = _measured(context, job, wanted.source, store, config)
     context.notes(merged.notes)
     return Calibrated(job=job, source=wanted.source, store=store, merged=merged)
@@ -191,17 +196,13 @@ def check_freezing(
     frozen: FrozenModel,
     job: CalibrationJob,
     source: DataSource,
-    store: ZarrStore,
     context: Context[Any],
-) -> list[str]:
+) -> dict[str, Any]:
     """Prove on the first micro-batch that freezing, and raising the opset, keep the float result.
 
-    What was found is kept beside the statistics, and not looked for twice. Raises QD207 when
-    freezing itself changed the result.
+    The document of what was found, which is kept beside the statistics, so that it is not looked
+    for twice. Raises QD207 when freezing itself changed the result.
     """
-    known = store.document(CHECKS)
-    if known is not None:
-        return [str(note) for note in known["notes"]]
     budget = job.settings.memory_budget_bytes
     with context.working("checking the simplified model against the given one"):
         feeds = load_phases(job.grid[0], source, job.inputs, job.decoder)[0]
@@ -221,8 +222,7 @@ def check_freezing(
         else:
             if raised:
                 notes.append(f"at opset {HIGH_OPSET} the float result moves by {raised:.2g}")
-    store.put_document(CHECKS, {"notes": notes, "high_opset_refusal": refusal})
-    return notes
+    return {"notes": notes, "high_opset_refusal": refusal}
 
 
 def high_opset_refusal(store: ZarrStore) -> str | None:
@@ -257,6 +257,16 @@ def open_statistics(frozen: FrozenModel, location: str) -> tuple[ZarrStore, Fini
             mend="give the store of this model with store.path=FOLDER, or run qdist calibrate",
         )
     return store, store.latest()
+
+
+def random_notes(store: ZarrStore) -> list[str]:
+    """The warning that the statistics are of random samples, however those were wrapped."""
+    preparation: Any = store.identity.preprocessing
+    while isinstance(preparation, dict):
+        if preparation.get("kind") == "random":
+            return [RANDOM_WARNING]
+        preparation = preparation.get("source")
+    return []
 
 
 def make_choices(
