@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from qdist.data.source import Feeds
 from qdist.digest import digest_bytes, digest_json
 from qdist.errors import StoreError
+from qdist.store.layout import SPOOL
 from qdist.store.location import open_place
 from qdist.store.place import PARTIAL
 
-SPOOL = "spool"
 STALE_S = 86_400.0
 _LENGTH_BYTES = 8
 _DIGEST_BYTES = 32

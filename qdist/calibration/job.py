@@ -196,8 +196,10 @@ def _largest(
 
 def _refuse_unused(graph: Graph, taps: TapTable, settings: CalibrationSettings) -> None:
     """Raise QD208 for settings of tensors that no taps would measure."""
-    wanted = [("groups", each.match, each.matches) for each in settings.statistics.groups]
-    wanted += [("sequence_axes", name, name.__eq__) for name in settings.sequence_axes]
+    wanted: list[tuple[str, str, Callable[[str], bool]]] = [
+        ("groups", each.match, each.matches) for each in settings.statistics.groups
+    ]
+    wanted += [("sequence_axes", name, {name}.__contains__) for name in settings.sequence_axes]
     unused = [each for each in wanted if not any(map(each[2], taps.tensors))]
     every = find_taps(graph) if unused else taps
     for key, given, matches in unused:

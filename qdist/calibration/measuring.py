@@ -14,7 +14,9 @@ from qdist.model.estimate import BASE_BYTES
 from qdist.model.graph import Graph
 from qdist.model.segments import Segment, cut, whole
 from qdist.model.session import Execution
+from qdist.model.shapes import concrete_shapes
 from qdist.model.taps import TapTable
+from qdist.stats.groups import estimate_bytes
 from qdist.stats.observer import SPOOL_BYTES, ObserverSpec, Padding
 
 LEAST_SPOOL_BYTES = 1 << 20
@@ -77,9 +79,20 @@ class Measuring:
             _as_shapes(self.shapes),
             budget,
             hands=hands,
-            base_bytes=BASE_BYTES + spool,
+            base_bytes=BASE_BYTES + spool + self._group_bytes(taps),
             execution=self.execution,
         )
+
+    def _group_bytes(self, taps: TapTable) -> int:
+        """What histograms per channel hold, which is more than the estimate has for a tap."""
+        if not self.settings.statistics.groups:
+            return 0
+        model = self.graph.model
+        dims = concrete_shapes(
+            model.proto(), self.shapes[0], model.data_folder, self.execution
+        ).dims
+        known = {name: dims[name] for name in taps.tensors if name in dims}
+        return estimate_bytes(self.settings.statistics, known).memory_bytes
 
     def _padding(self, taps: TapTable) -> Padding | None:
         """How padded positions are found in the taps. Raises QD307 for an unknown mask input."""

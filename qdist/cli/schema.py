@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, StrictInt
 
 from qdist.cli.data_schema import (
     ArraySamples,
@@ -72,7 +72,7 @@ class CalibrationConfig(Group):
         "or [NAME|PATTERN|LAYER, ...]",
     )
     on_nan: Literal["error", "report"] = Field("error", description="what a NaN activation does")
-    memory_budget: int | str | None = Field(
+    memory_budget: StrictInt | str | None = Field(
         None,
         description="what a worker may hold, 2GB or bytes; a larger model runs in segments",
     )

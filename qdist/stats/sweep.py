@@ -108,33 +108,102 @@ def _finite_extrema(bits: NDArray[np.int32]) -> tuple[Any, Any]:
 
 
 @compiled
-def _widen_lanes(
-    bits: NDArray[np.int32],
-    start: int,
-    special: Any,
+def _magnitude_of(bits: NDArray[np.uint32]) -> Any:
+    """The largest magnitude, as bits; infinities and NaNs included."""
+    most = np.uint32(0)
+    for i in range(bits.size):
+        most = np.uint32(max(most, np.uint32(bits[i] & np.uint32(0x7FFFFFFF))))
+    return most
+
+
+@compiled
+def _lanes_of(
     lows: NDArray[np.int32],
     highs: NDArray[np.int32],
+    low: NDArray[np.float32],
+    high: NDArray[np.float32],
 ) -> None:
-    """Lanes of a block that begins at flat position ``start``; ``special``: not all is finite."""
+    """Lanes as floats, which compare in one instruction; infinities where nothing was seen."""
+    infinity = np.uint32(0x7F800000)
+    low_bits, high_bits = low.view(np.uint32), high.view(np.uint32)
+    for i in range(lows.size):
+        a, b = lows[i], highs[i]
+        bits = np.uint32(a ^ np.int32(np.int32(a >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+        low_bits[i] = infinity if a == np.int32(0x7FFFFFFF) else bits
+        bits = np.uint32(b ^ np.int32(np.int32(b >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+        high_bits[i] = np.uint32(0xFF800000) if b == np.int32(-0x80000000) else bits
+
+
+@compiled
+def _keys_of(
+    low: NDArray[np.float32],
+    high: NDArray[np.float32],
+    lows: NDArray[np.int32],
+    highs: NDArray[np.int32],
+) -> tuple[Any, Any]:
+    """From `_lanes_of` back to order keys; returns the lowest and the highest."""
+    least, most = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+    low_bits, high_bits = low.view(np.int32), high.view(np.int32)
+    for i in range(lows.size):
+        a, b = low_bits[i], high_bits[i]
+        key = np.int32(a ^ np.int32(np.int32(a >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+        key = np.int32(0x7FFFFFFF) if a == np.int32(0x7F800000) else key
+        lows[i] = key
+        least = np.int32(min(least, key))
+        key = np.int32(b ^ np.int32(np.int32(b >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+        key = np.int32(-0x80000000) if b == np.int32(-0x800000) else key
+        highs[i] = key
+        most = np.int32(max(most, key))
+    return least, most
+
+
+@compiled
+def _widen_lanes(
+    values: NDArray[np.float32],
+    start: int,
+    special: Any,
+    lows: NDArray[np.float32],
+    highs: NDArray[np.float32],
+) -> None:
+    """Lanes of a block that begins at flat position ``start``; ``special``: not all is finite.
+
+    Which of +0 and -0 is kept depends on the order; they are one value wherever keys become floats.
+    """
     n_lanes = lows.size
     lane = start % n_lanes
     done = 0
-    while done < bits.size:
-        step = min(bits.size - done, n_lanes - lane)
-        part, low, high = bits[done : done + step], lows[lane:], highs[lane:]
+    infinity = np.float32(np.inf)
+    while done < values.size:
+        left = values.size - done
+        if lane == 0 and left >= 4 * n_lanes and not special:
+            # Four rows at once, so that the lanes are read and written once for them.
+            first = values[done : done + n_lanes]
+            second = values[done + n_lanes : done + 2 * n_lanes]
+            third = values[done + 2 * n_lanes : done + 3 * n_lanes]
+            fourth = values[done + 3 * n_lanes : done + 4 * n_lanes]
+            for i in range(n_lanes):
+                a, b, c, d = first[i], second[i], third[i], fourth[i]
+                ab, cd = a if a < b else b, c if c < d else d
+                least = ab if ab < cd else cd
+                ab, cd = a if a > b else b, c if c > d else d
+                most = ab if ab > cd else cd
+                lows[i] = least if least < lows[i] else lows[i]
+                highs[i] = most if most > highs[i] else highs[i]
+            done += 4 * n_lanes
+            continue
+        step = min(left, n_lanes - lane)
+        part, low, high = values[done : done + step], lows[lane:], highs[lane:]
         if special:
             for i in range(part.size):
-                b = part[i]
-                key = np.int32(b ^ np.int32(np.int32(b >> np.int32(31)) & np.int32(0x7FFFFFFF)))
-                finite = np.int32(b & np.int32(0x7FFFFFFF)) < np.int32(0x7F800000)
-                low[i] = np.int32(min(low[i], key if finite else np.int32(0x7FFFFFFF)))
-                high[i] = np.int32(max(high[i], key if finite else np.int32(-0x80000000)))
+                x = part[i]
+                finite = (x < infinity) & (x > -infinity)
+                low[i] = x if (x < low[i]) & finite else low[i]
+                high[i] = x if (x > high[i]) & finite else high[i]
         else:
             for i in range(part.size):
-                b = part[i]
-                key = np.int32(b ^ np.int32(np.int32(b >> np.int32(31)) & np.int32(0x7FFFFFFF)))
-                low[i] = np.int32(min(low[i], key))
-                high[i] = np.int32(max(high[i], key))
+                x = part[i]
+                low[i] = x if x < low[i] else low[i]
+                high[i] = x if x > high[i] else high[i]
         done += step
         lane = 0
 
@@ -463,26 +532,48 @@ def sweep(
     waiting = n_blocks = group = 0
     most = np.empty(63, np.int64)
     small = bits.size - first < 1536
+    n_lanes = lows.size if layout == 1 else 0
+    lane_low, lane_high = np.empty(n_lanes, np.float32), np.empty(n_lanes, np.float32)
+    if layout == 1:
+        _lanes_of(lows, highs, lane_low, lane_high)
     for start in range(0, bits.size, 4096):
         block = bits[start : start + 4096]
         signed = block.view(np.int32)
-        if layout == 2:
-            low, high, finite_low, finite_high = _widen_runs(signed, start, inner, lows, highs)
-        else:
-            low, high = _extrema(signed)
-            finite_low, finite_high = low, high
-        special = low < np.int32(-0x7F800000) or high >= np.int32(0x7F800000)
-        if special:
-            if low < np.int32(-0x7F800001) or high > np.int32(0x7F800000):
-                state[2] += _quiet(block, clean)
-                block = clean[: block.size]
-                signed = block.view(np.int32)
-            if layout != 2:
-                finite_low, finite_high = _finite_extrema(signed)
+        head = np.int64(-1)
         if layout == 1:
-            _widen_lanes(signed, start, special, lows, highs)
-        state[0] = min(state[0], np.int64(finite_low))
-        state[1] = max(state[1], np.int64(finite_high))
+            # The lanes' extrema are the tensor's, so that magnitudes are all that is asked here.
+            magnitude = _magnitude_of(block)
+            special = magnitude >= np.uint32(0x7F800000)
+            is_constant = False
+            if special:
+                if magnitude > np.uint32(0x7F800000):
+                    state[2] += _quiet(block, clean)
+                    block = clean[: block.size]
+                low, high = _finite_extrema(block.view(np.int32))
+                head = _largest_key(low, high)
+            else:
+                head = (np.int64(magnitude) << 1) | 1
+                b = block[0]
+                if b == block[block.size - 1] and b == block[block.size // 2]:
+                    low, high = _extrema(signed)
+                    is_constant = low == high
+            _widen_lanes(block.view(np.float32), start, special, lane_low, lane_high)
+        else:
+            if layout == 2:
+                low, high, finite_low, finite_high = _widen_runs(signed, start, inner, lows, highs)
+            else:
+                low, high = _extrema(signed)
+                finite_low, finite_high = low, high
+            if low < np.int32(-0x7F800000) or high >= np.int32(0x7F800000):
+                if low < np.int32(-0x7F800001) or high > np.int32(0x7F800000):
+                    state[2] += _quiet(block, clean)
+                    block = clean[: block.size]
+                if layout != 2:
+                    finite_low, finite_high = _finite_extrema(block.view(np.int32))
+            state[0] = min(state[0], np.int64(finite_low))
+            state[1] = max(state[1], np.int64(finite_high))
+            is_constant = low == high
+            head = _largest_key(finite_low, finite_high)
         if start + block.size <= first:
             continue
         if n_blocks == 0:
@@ -492,12 +583,12 @@ def sweep(
         if small:
             _count_directly(block, page_of, first_slot, pool, used)
         else:
-            if low == high:
+            if is_constant:
                 _count_constant(block[0], block.size, scratch)
             else:
                 _count(block, scratch)
             waiting += block.size
-        most[n_blocks] = _largest_key(finite_low, finite_high)
+        most[n_blocks] = head
         n_blocks += 1
         if n_blocks == 63 or start + 4096 >= bits.size:
             if waiting:
@@ -506,6 +597,10 @@ def sweep(
                 heads = most[:n_blocks]
                 _offer(bits, group, first, heads, top, limit, state, page_of, first_slot, pool)
             waiting = n_blocks = 0
+    if layout == 1:
+        least, largest = _keys_of(lane_low, lane_high, lows, highs)
+        state[0] = min(state[0], np.int64(least))
+        state[1] = max(state[1], np.int64(largest))
 
 
 @compiled

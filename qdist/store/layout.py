@@ -9,6 +9,7 @@
     merges/<name>.<write>.<sha>.zip     a merged record with its taps and micro-batches
     finished/<name>.json                where the merge of this name is
     documents/<name>.json               small JSON values of others
+    spool/<plan>-<cut>-<micro-batch>    what waits between the stages of a pipeline, for a while
     head.json                           name of the last finished merge
 
 A record comes first, under a name of its own that carries the SHA-256 of its bytes; its receipt is
@@ -33,6 +34,7 @@ ROOT = "zarr.json"
 HEAD = "head.json"
 TAP_SETS, RECORDS, RECEIPTS = "tapsets", "records", "receipts"
 MERGES, FINISHED, DOCUMENTS = "merges", "finished", "documents"
+SPOOL = "spool"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 _WRITE = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)\.([0-9a-f]{16})\.([0-9a-f]{64})\.zip")

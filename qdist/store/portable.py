@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatisticsFile:
-    """What an exported file holds: the merge and the identity that it was made for."""
+    """What an exported file holds: the merge, the identity that it was made for, and the documents
+    of the store that go with it."""
 
     merge: FinishedMerge
     identity: Identity
+    documents: dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +42,12 @@ class Imported:
     is_new: bool
 
 
-def export_statistics(store: CalibrationStore, path: Path, name: str | None = None) -> Path:
+def export_statistics(
+    store: CalibrationStore, path: Path, name: str | None = None, documents: Sequence[str] = ()
+) -> Path:
     """Write a finished merge, by default the latest, to one file, whole or not at all.
+
+    ``documents``: names of those of the store's that go with it, where it has them.
 
     The file is a ZIP archive that holds a Zarr v3 group, with the identity, the taps, the
     micro-batches and the manifest. Raises QD402 where there is none, QD403, QD408, QD603.
@@ -50,7 +57,15 @@ def export_statistics(store: CalibrationStore, path: Path, name: str | None = No
         known = ", ".join(store.finished()) or "none"
         raise failures.unfinished(store.location, f"no finished merge {name}; there are: {known}")
     identity = store.identity.to_json()
-    own = {"format": FORMAT, "schema": SCHEMA, "identity": identity, "seal": _seal(merge, identity)}
+    told = {each: store.document(each) for each in documents}
+    told = {each: value for each, value in told.items() if value is not None}
+    own = {
+        "format": FORMAT,
+        "schema": SCHEMA,
+        "identity": identity,
+        "documents": told,
+        "seal": _seal(merge, identity, told),
+    }
     data = pack_merge(merge, {"export": own})
     with replacing(path) as temporary:
         temporary.write_bytes(data)
@@ -69,14 +84,15 @@ def read_statistics(path: Path) -> StatisticsFile:
         told = (own["format"], own["schema"])
         if told == (FORMAT, SCHEMA):
             identity = Identity.from_json(own["identity"])
-            is_sound = own["seal"] == _seal(merge, identity.to_json())
+            kept = dict(own["documents"])
+            is_sound = own["seal"] == _seal(merge, identity.to_json(), kept)
     except UNREADABLE as error:
         raise failures.unusable_file(str(path), f"a damaged or other file ({error})") from error
     if told != (FORMAT, SCHEMA):
         raise failures.unusable_file(str(path), f"format {told[0]!r} of schema {told[1]!r}")
     if not is_sound:
         raise failures.unusable_file(str(path), "contents that were changed since the export")
-    return StatisticsFile(merge=merge, identity=identity)
+    return StatisticsFile(merge=merge, identity=identity, documents=kept)
 
 
 def import_statistics(path: Path, location: str | Path, identity: Identity | None) -> Imported:
@@ -97,6 +113,9 @@ def import_statistics(path: Path, location: str | Path, identity: Identity | Non
     merge = found.merge
     store = create_store(location, found.identity)
     is_new = bool(merge.batches) and store.commit(_receipt_of(path, merge), merge.record)
+    for name, value in found.documents.items():
+        if store.document(name) is None:
+            store.put_document(name, value)
     known = store.find(merge.name)
     if known is not None and known.record.digest == merge.record.digest:
         store.make_latest(merge.name)
@@ -121,7 +140,7 @@ def _receipt_of(path: Path, merge: FinishedMerge) -> ShardReceipt:
     )
 
 
-def _seal(merge: FinishedMerge, identity: dict[str, Any]) -> str:
+def _seal(merge: FinishedMerge, identity: dict[str, Any], documents: dict[str, Any]) -> str:
     """Digest of all that a file says."""
     taps = [
         [[p.tensor, p.dtype, p.is_input] for p in merge.taps.points],
@@ -129,5 +148,5 @@ def _seal(merge: FinishedMerge, identity: dict[str, Any]) -> str:
         merge.taps.untapped,
     ]
     return digest_json(
-        [identity, merge.name, merge.about, taps, merge.batches, merge.record.digest]
+        [identity, merge.name, merge.about, taps, merge.batches, merge.record.digest, documents]
     )

@@ -20,6 +20,7 @@ _FOLDERS = (
     layout.MERGES,
     layout.FINISHED,
     layout.DOCUMENTS,
+    layout.SPOOL,
 )
 
 
@@ -35,12 +36,11 @@ def sweep(store: ZarrStore, *, older_than_s: float = DAY_S, keep_merges: int = 3
     """Remove leftovers of dead processes, and merges that newer ones have superseded.
 
     Only objects written more than ``older_than_s`` ago, by the clock of the place: unfinished
-    files, records without a receipt, merges that their name no longer means, and finished merges
-    but the ``keep_merges`` newest, the latest, and those that a document lists under the key
-    ``merges``. The age must exceed what a writer takes between
-    a record and its receipt, and a reader for one merge: both take seconds. Records that receipts
-    refer to are never touched. Raises QD404, QD408; then what was removed stays removed, and
-    sweeping again goes on.
+    files, what pipelines left, records without a receipt, merges that their name no longer means,
+    and finished merges but the ``keep_merges`` newest, the latest, and those that a document lists
+    under the key ``merges``. The age must exceed what a writer takes between a record and its
+    receipt, and a reader for one merge: both take seconds. Records that receipts refer to are never
+    touched. Raises QD404, QD408; then what was removed stays removed, and sweeping again goes on.
     """
     if older_than_s < 0 or keep_merges < 0:
         raise ValueError("older_than_s and keep_merges are not negative")
@@ -48,6 +48,8 @@ def sweep(store: ZarrStore, *, older_than_s: float = DAY_S, keep_merges: int = 3
     for folder in _FOLDERS:
         names = (e for e in store.place.entries(folder) if e.name.endswith(PARTIAL))
         sweeper.remove(folder, names)
+    # A pipeline that misses what it left runs the stage before again.
+    sweeper.remove(layout.SPOOL, _whole(store.place, layout.SPOOL))
     _sweep_merges(store, sweeper, keep_merges)
     _sweep_records(store, sweeper)
     return Swept(removed=tuple(sorted(sweeper.removed)), n_bytes=sweeper.n_bytes)

@@ -196,7 +196,7 @@ def test_labels_that_are_missing(runs: Path) -> None:
 
 def test_a_store_of_another_model(runs: Path) -> None:
     store = "store.path=qdist-runs/digits_cnn/calibration.zarr"
-    check_error(here("calibrate", *VIT, store), "QD401", "differs in the model (stored ")
+    check_error(here("calibrate", *VIT, store), "QD401", "differ in the model (stored ")
     result = here("quantize", "model=digits_vit", "tracking=none", store)
     check_error(result, "QD401", "statistics of model", "digits_vit.onnx", "qdist calibrate")
     assert not list((runs / "digits_vit").iterdir())
@@ -205,9 +205,12 @@ def test_a_store_of_another_model(runs: Path) -> None:
 @pytest.mark.parametrize(
     ("word", "named"),
     [
-        ("data.calibration.preprocess.scale=0.125", "the preprocessing (stored "),
+        ("data.calibration.preprocess.scale=0.125", "the preprocessing (inputs images scale stored 0.0625, now 0.125)"),
         ("calibration.micro_batch=2", "calibration.micro_batch (stored 4, now 2)"),
-        ("calibration.taps=compute", "the measured tensors"),
+        (
+            "calibration.groups=[{match: images, axis: 1, group_size: 1}]",
+            "the statistics",
+        ),
         ("model.threads=2", "the execution fingerprint"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from actors.session import RaySession
@@ -24,9 +25,11 @@ from qdist.threshold.clip import Levels
 from qdist.threshold.registry import find_threshold
 from tests.command_line import check_error, here, left_behind, succeed
 from tests.onnx_models import EXECUTION
+from tests.unit.test_data_decoder import VOCABULARY, decoder_model
 
 CNN = ("model=digits_cnn", "data=digits", "tracking=none")
 NOT_RUN = "all of it done before"
+TOKENS = 9
 GROUPS = "calibration.groups=[{match: '*Relu*', axis: 1, group_size: 1}]"
 
 
@@ -226,6 +229,23 @@ def test_settings_that_cannot_be_are_refused_and_leave_nothing(
 ) -> None:
     check_error(here("calibrate", *CNN, "output.root=r", word), code, part)
     assert left_behind(work) == []
+
+
+@pytest.mark.parametrize("steps", [TOKENS, TOKENS + 3])
+def test_decoders_whose_samples_are_too_short_leave_nothing(steps: int, work: Path) -> None:
+    """So that fewer steps can be asked for in the same place."""
+    inputs = work / "inputs"
+    inputs.mkdir()
+    (inputs / "decoder.onnx").write_bytes(decoder_model())
+    np.savez(inputs / "tokens.npz", input_ids=np.arange(2 * TOKENS).reshape(2, TOKENS) % VOCABULARY)
+    words = (
+        *("model.path=inputs/decoder.onnx", "data=arrays", "data.path=inputs/tokens.npz"),
+        *("data.calibration.inputs={input_ids: input_ids}", "tracking=none", "output.root=r"),
+    )
+    refused = here("calibrate", *words, f"data.calibration.decode_steps={steps}")
+    assert "error: QD303" in refused.err
+    assert "decode_steps" in refused.err
+    assert left_behind(work / "r") == []
 
 
 def test_settings_that_contradict_each_other_leave_nothing(work: Path) -> None:

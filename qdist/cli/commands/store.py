@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from qdist.cli.commands.steps import CHECKS
 from qdist.cli.domain import absolute, location
 from qdist.errors import ConfigError
 from qdist.report.text import size_text
@@ -26,7 +27,9 @@ def run(words: list[str], console: Console) -> None:
     """Do what the first word says. Raises QD104, QD105, and what the store raises."""
     action, given = _parse(words)
     if action == "export":
-        path = export_statistics(open_store(location(given[0])), absolute(given[1]))
+        path = export_statistics(
+            open_store(location(given[0])), absolute(given[1]), documents=(CHECKS,)
+        )
         merge = read_statistics(path).merge
         _say(console, f"{merge.record.n_samples} samples, {len(merge.record.tensors)} tensors")
         _say(console, f"written to {path} ({size_text(path.stat().st_size)})")
