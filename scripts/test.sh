@@ -5,8 +5,9 @@
 #   scripts/test.sh -m 'not slow'    what takes longer left out
 #   scripts/test.sh tests/unit -x    one folder, up to the first failure
 #
-# pytest runs even if a check failed, and its closing line comes last; the exit status tells of
-# both. PYTHON and QDIST_VENV: see setup_env.sh.
+# Without arguments the tests run in two halves at once, one a core. pytest runs even if a check
+# failed, and its closing line comes last; the exit status tells of both. PYTHON and QDIST_VENV: see
+# setup_env.sh.
 set -euo pipefail
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -22,9 +23,21 @@ if [ "$check_status" -ne 0 ]; then
 fi
 
 cd -- "$root"
+export RAY_USAGE_STATS_ENABLED=0 RAY_ENABLE_UV_RUN_RUNTIME_ENV=0 MLFLOW_DISABLE_TELEMETRY=true
 pytest_status=0
-RAY_USAGE_STATS_ENABLED=0 RAY_ENABLE_UV_RUN_RUNTIME_ENV=0 MLFLOW_DISABLE_TELEMETRY=true \
+if [ $# -gt 0 ]; then
     "$venv/bin/python" -m pytest "$@" || pytest_status=$?
+else
+    # Tests of processes wait most of the time, so those of the library run beside them.
+    log=$(mktemp)
+    trap 'rm -f -- "$log"; kill "$beside" 2>/dev/null || true' EXIT
+    "$venv/bin/python" -m pytest -p no:cacheprovider tests/unit tests/laws tests/conf >"$log" 2>&1 &
+    beside=$!
+    "$venv/bin/python" -m pytest tests/actors tests/e2e || pytest_status=$?
+    echo "test: the tests of the library, which ran beside these:"
+    wait "$beside" || pytest_status=$?
+    cat -- "$log"
+fi
 
 if [ "$pytest_status" -ne 0 ]; then
     exit "$pytest_status"

@@ -55,9 +55,7 @@ def test_a_candidate_that_the_target_refuses_is_a_failed_trial(
     source = samples_of("images", 1, 8, 8, n=8)
     graph = Graph(frozen)
     job = prepare(frozen, source, CalibrationSettings(), EXECUTION, graph=graph)
-    merged = calibrate_here(
-        job, source, create_store(tmp_path / "store", job.identity)
-    )
+    merged = calibrate_here(job, source, create_store(tmp_path / "store", job.identity))
     planner = Planner(graph, merged.record, job.taps)
     strategy = Rounds([layer.name for layer in planner.layers])
     evaluation = DatasetEvaluation(source=source, metric="sqnr_db")

@@ -92,7 +92,7 @@ def _domain_values(settings: schema.CommandSettings) -> None:
     if data is not None and not brings_own:
         domain.source(data.calibration)
         domain.evaluation_source(data)
-    if brings_own:
+    if data is not None and brings_own:
         # Captured and random samples are of one model's inputs, and no evaluation set.
         with pytest.raises(ConfigError, match=r"QD105.*data\.evaluation"):
             domain.evaluation_source(data)

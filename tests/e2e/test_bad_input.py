@@ -205,7 +205,10 @@ def test_a_store_of_another_model(runs: Path) -> None:
 @pytest.mark.parametrize(
     ("word", "named"),
     [
-        ("data.calibration.preprocess.scale=0.125", "the preprocessing (inputs images scale stored 0.0625, now 0.125)"),
+        (
+            "data.calibration.preprocess.scale=0.125",
+            "the preprocessing (inputs images scale stored 0.0625, now 0.125)",
+        ),
         ("calibration.micro_batch=2", "calibration.micro_batch (stored 4, now 2)"),
         (
             "calibration.groups=[{match: images, axis: 1, group_size: 1}]",
