@@ -141,7 +141,8 @@ def test_two_drivers_on_one_store(
         assert statistics(run.finish()) == undisturbed[0]
     made = receipts(tmp_path)
     assert len(made) == N_SHARDS, "each shard once, whoever measured it"
-    assert len({receipt.made_by["pid"] for receipt in made}) == 2
+    # How many each of them measured is a matter of time; on a busy machine one may be late for all.
+    assert len({receipt.made_by["pid"] for receipt in made}) in (1, 2)
     check_nobody_left(nodes, *runs)
 
 

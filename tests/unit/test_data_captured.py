@@ -52,12 +52,14 @@ def infer_cls_model(executor):
 
 
 @pytest.fixture(autouse=True)
-def _clean_imports() -> Iterator[None]:
+def _clean_imports(tmp_path: Path) -> Iterator[None]:
     path, modules = list(sys.path), set(sys.modules)
     yield
     sys.path[:] = path
+    # Of what came meanwhile, the user's modules alone: others' classes must stay what they are.
     for name in set(sys.modules) - modules:
-        del sys.modules[name]
+        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 def _model(path: Path, batch: int | str = "batch", factor: float = 1.0) -> Graph:
