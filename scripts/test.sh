@@ -28,13 +28,17 @@ pytest_status=0
 if [ $# -gt 0 ]; then
     "$venv/bin/python" -m pytest "$@" || pytest_status=$?
 else
-    # Tests of processes wait most of the time, so those of the library run beside them.
+    # The tests of whole commands wait much of the time, so all others run beside them. A shell has
+    # what runs in the background ignore Ctrl-C, which some tests are about.
     log=$(mktemp)
     trap 'rm -f -- "$log"; kill "$beside" 2>/dev/null || true' EXIT
-    "$venv/bin/python" -m pytest -p no:cacheprovider tests/unit tests/laws tests/conf >"$log" 2>&1 &
+    "$venv/bin/python" -c 'import signal, sys, pytest
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(pytest.main(sys.argv[1:]))' -p no:cacheprovider \
+        tests/unit tests/laws tests/conf tests/actors >"$log" 2>&1 &
     beside=$!
-    "$venv/bin/python" -m pytest tests/actors tests/e2e || pytest_status=$?
-    echo "test: the tests of the library, which ran beside these:"
+    "$venv/bin/python" -m pytest tests/e2e || pytest_status=$?
+    echo "test: all other tests, which ran beside these:"
     wait "$beside" || pytest_status=$?
     cat -- "$log"
 fi

@@ -19,7 +19,7 @@ class CalibrationSettings:
     ``batch``); 1 keeps none apart. ``mask_input``: the input that is zero where a position is
     padding, which then counts nowhere; ``sequence_axes``: of tensors where the user knows better
     than their shapes tell. ``bucketed``: micro-batches gather samples of one length from anywhere
-    in a generation.
+    in a generation. ``n_workers``: how many will share the work, so that each gets some.
     """
 
     micro_batch: int = 4
@@ -32,19 +32,22 @@ class CalibrationSettings:
     mask_input: str | None = None
     sequence_axes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     bucketed: bool = False
+    n_workers: int = 1
 
     def __post_init__(self) -> None:
         if self.micro_batch < 1 or (self.shard_samples is not None and self.shard_samples < 1):
             raise ValueError("micro_batch and shard_samples must be at least 1")
-        if self.n_blocks < 1:
-            raise ValueError("n_blocks must be at least 1")
+        if self.n_blocks < 1 or self.n_workers < 1:
+            raise ValueError("n_blocks and n_workers must be at least 1")
 
     def samples_per_shard(self, n_samples: int, *, n_segments: int = 1) -> int:
         """Samples per shard of ``n_samples`` in all. It changes no result, only the speed.
 
         Left to us: 16, few enough that no worker waits long for the last one, but never so few that
-        there are more than 512 records to write and to merge. A model that runs in segments reads
-        all its weights once a shard, which 64 samples are to share.
+        there are more than 512 records to write and to merge, nor so many that a worker gets none.
+        A model that runs in segments reads all its weights once a shard, which 64 samples are to
+        share.
         """
         least = 16 if n_segments == 1 else 64
-        return self.shard_samples or max(least, math.ceil(n_samples / 512))
+        wanted = max(least, math.ceil(n_samples / 512))
+        return self.shard_samples or min(wanted, math.ceil(n_samples / self.n_workers))

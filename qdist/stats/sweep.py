@@ -108,12 +108,25 @@ def _finite_extrema(bits: NDArray[np.int32]) -> tuple[Any, Any]:
 
 
 @compiled
-def _magnitude_of(bits: NDArray[np.uint32]) -> Any:
-    """The largest magnitude, as bits; infinities and NaNs included."""
-    most = np.uint32(0)
-    for i in range(bits.size):
-        most = np.uint32(max(most, np.uint32(bits[i] & np.uint32(0x7FFFFFFF))))
-    return most
+def _magnitudes(bits: NDArray[np.uint32], heads: NDArray[np.int64]) -> Any:
+    """The largest magnitude of a block, as bits; infinities and NaNs included.
+
+    ``heads``: for each stretch of 128 elements, a key of magnitude that none of them is above.
+    """
+    whole = np.uint32(0)
+    for start in range(0, bits.size, 128):
+        part = bits[start : start + 128]
+        most = np.uint32(0)
+        # A loop of known length becomes a few wide instructions.
+        if part.size == 128:
+            for i in range(128):
+                most = np.uint32(max(most, np.uint32(part[i] & np.uint32(0x7FFFFFFF))))
+        else:
+            for i in range(part.size):
+                most = np.uint32(max(most, np.uint32(part[i] & np.uint32(0x7FFFFFFF))))
+        heads[start // 128] = (np.int64(most) << 1) | 1
+        whole = np.uint32(max(whole, most))
+    return whole
 
 
 @compiled
@@ -485,7 +498,7 @@ def _offer(
 ) -> None:
     """Offer the blocks from flat position ``group`` on, from ``first``, to the largest.
 
-    They are counted already; ``most``: the largest key of each.
+    They are counted already; ``most``: for each stretch of 128 elements, a key that none is above.
     The counts bound what can be among the largest before a single value is looked at again.
     """
     some = np.int64(-1)
@@ -496,8 +509,8 @@ def _offer(
     state[4] = max(state[4], _bound(page_of, first_slot, pool, limit))
     for i in range(most.size):
         if most[i] > state[4]:
-            start = group + 4096 * i
-            _push(bits[max(start, first) : start + 4096], top, limit, state)
+            start = group + 128 * i
+            _push(bits[max(start, first) : start + 128], top, limit, state)
 
 
 @compiled
@@ -530,7 +543,7 @@ def sweep(
     state, top = states[row], tops[row]
     first_slot = row * 512
     waiting = n_blocks = group = 0
-    most = np.empty(63, np.int64)
+    most = np.empty(63 * 32, np.int64)
     small = bits.size - first < 1536
     n_lanes = lows.size if layout == 1 else 0
     lane_low, lane_high = np.empty(n_lanes, np.float32), np.empty(n_lanes, np.float32)
@@ -539,10 +552,10 @@ def sweep(
     for start in range(0, bits.size, 4096):
         block = bits[start : start + 4096]
         signed = block.view(np.int32)
-        head = np.int64(-1)
+        heads = most[32 * n_blocks : 32 * n_blocks + 32]
         if layout == 1:
             # The lanes' extrema are the tensor's, so that magnitudes are all that is asked here.
-            magnitude = _magnitude_of(block)
+            magnitude = _magnitudes(block, heads)
             special = magnitude >= np.uint32(0x7F800000)
             is_constant = False
             if special:
@@ -550,9 +563,8 @@ def sweep(
                     state[2] += _quiet(block, clean)
                     block = clean[: block.size]
                 low, high = _finite_extrema(block.view(np.int32))
-                head = _largest_key(low, high)
+                heads[:] = _largest_key(low, high)
             else:
-                head = (np.int64(magnitude) << 1) | 1
                 b = block[0]
                 if b == block[block.size - 1] and b == block[block.size // 2]:
                     low, high = _extrema(signed)
@@ -574,6 +586,10 @@ def sweep(
             state[1] = max(state[1], np.int64(finite_high))
             is_constant = low == high
             head = _largest_key(finite_low, finite_high)
+            if head > state[4] and head == _largest_key(low, high):
+                _magnitudes(block, heads)
+            else:
+                heads[:] = head
         if start + block.size <= first:
             continue
         if n_blocks == 0:
@@ -588,13 +604,13 @@ def sweep(
             else:
                 _count(block, scratch)
             waiting += block.size
-        most[n_blocks] = head
         n_blocks += 1
         if n_blocks == 63 or start + 4096 >= bits.size:
             if waiting:
                 _flush(scratch, waiting, page_of, first_slot, pool, used)
             if limit > 0:
-                heads = most[:n_blocks]
+                n_heads = (min(start + 4096, bits.size) - group + 127) // 128
+                heads = most[:n_heads]
                 _offer(bits, group, first, heads, top, limit, state, page_of, first_slot, pool)
             waiting = n_blocks = 0
     if layout == 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,14 +73,15 @@ def calibrate(
     if config.data.select_num is not None:
         wanted = selected(wanted, config, graph, context)
     inputs = input_specs(graph)
-    identity = identify(frozen, wanted.source, wanted.settings, context.execution, inputs)
+    settings = replace(wanted.settings, n_workers=config.cluster.workers)
+    identity = identify(frozen, wanted.source, settings, context.execution, inputs)
     place = domain.location(config.store.path)
     there = _existing(place, identity)
     with bar(context.console, "naming samples", "samples") as naming:
         job = prepare(
             frozen,
             wanted.source,
-            wanted.settings,
+            settings,
             context.execution,
             graph=graph,
             earlier=None if there is None else _earlier(there),
