@@ -15,61 +15,15 @@ metric: a number, or a dict of named numbers::
 
 from __future__ import annotations
 
-import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from qdist.errors import DataError, EvaluationError, QdistError
+from qdist.data.executor import Executor, place_of
+from qdist.errors import EvaluationError, QdistError
 from qdist.evaluate.report import EvalReport, choose_score, named_numbers
 from qdist.targets import load_target
-
-
-@dataclass(slots=True, kw_only=True)
-class Executor:
-    """The model under evaluation, as the user's function sees it. Used by one thread.
-
-    run: feeds by input name -> the outputs in the order of ``output_nodes``.
-    input_nodes, output_nodes: names in the graph's order.
-    model_path: the artifact that is run.
-    iteration: how many batches the user asked for; None for all there are.
-    batch_size: how many samples the user wants in one batch.
-    dataset: the user's own name or path of the data set; None if not set.
-    early_stop_flag: Knight's functions leave their loop when it turns true. A score must not
-        depend on when that happens, so it stays false.
-    """
-
-    run: Callable[[dict[str, NDArray[Any]]], list[NDArray[Any]]]
-    input_nodes: list[str]
-    output_nodes: list[str]
-    model_path: Path
-    iteration: int | None = None
-    batch_size: int = 1
-    dataset: str | None = None
-    early_stop_flag: bool = False
-
-    def forward(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
-        """Run the model once. One array per input, in the order of ``input_nodes``.
-
-        Raises `qdist.errors.DataError` QD307 for another number of arrays, and what ``run``
-        raises for arrays that the model does not take.
-        """
-        if len(inputs) != len(self.input_nodes):
-            raise DataError(
-                "QD307",
-                where="executor.forward",
-                got=f"{len(inputs)} arrays",
-                expected=f"{len(self.input_nodes)}: {', '.join(self.input_nodes)}",
-                mend="give one array per input of the model, in this order",
-            )
-        arrays = (np.asarray(array) for array in inputs)
-        return self.run(dict(zip(self.input_nodes, arrays, strict=True)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +64,7 @@ class FunctionEvaluation:
         except (Exception, SystemExit) as error:
             raise EvaluationError(
                 "QD705",
-                where=_place(error, function),
+                where=place_of(error, function),
                 got=f"{type(error).__name__}: {error}",
                 expected=f"{self.target} to return its metric",
                 mend="correct the function there",
@@ -136,14 +90,4 @@ class FunctionEvaluation:
         )
 
 
-def _place(error: BaseException, function: Callable[..., Any]) -> str:
-    """File and line of the innermost frame in the user's own file.
-
-    Where that file has no frame: of the innermost one below the call, or of nothing when the call
-    itself failed, because the function does not take these arguments.
-    """
-    frames = traceback.extract_tb(error.__traceback__)[1:]
-    module = sys.modules.get(getattr(function, "__module__", None) or "")
-    file = getattr(module, "__file__", None)
-    own = [frame for frame in frames if frame.filename == file] or frames
-    return f"{own[-1].filename}:{own[-1].lineno}" if own else f"the call of {function!r}"
+__all__ = ["Executor", "FunctionEvaluation"]
