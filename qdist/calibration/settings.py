@@ -50,4 +50,6 @@ class CalibrationSettings:
         """
         least = 16 if n_segments == 1 else 64
         wanted = max(least, math.ceil(n_samples / 512))
-        return self.shard_samples or min(wanted, math.ceil(n_samples / self.n_workers))
+        if self.n_workers > 1:
+            wanted = min(wanted, math.ceil(n_samples / self.n_workers))
+        return self.shard_samples or wanted
