@@ -28,16 +28,18 @@ pytest_status=0
 if [ $# -gt 0 ]; then
     "$venv/bin/python" -m pytest "$@" || pytest_status=$?
 else
-    # The tests of whole commands wait much of the time, so all others run beside them. A shell has
-    # what runs in the background ignore Ctrl-C, which some tests are about.
+    # The tests of whole commands wait much of the time, so all others run beside them, and a few of
+    # those that do not. A shell has what runs in the background ignore Ctrl-C, which some tests are
+    # about.
+    moved=(tests/e2e/test_large_model.py tests/e2e/test_shared_models.py)
     log=$(mktemp)
     trap 'rm -f -- "$log"; kill "$beside" 2>/dev/null || true' EXIT
     "$venv/bin/python" -c 'import signal, sys, pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.exit(pytest.main(sys.argv[1:]))' -p no:cacheprovider \
-        tests/unit tests/laws tests/conf tests/actors >"$log" 2>&1 &
+        tests/unit tests/laws tests/conf tests/actors "${moved[@]}" >"$log" 2>&1 &
     beside=$!
-    "$venv/bin/python" -m pytest tests/e2e || pytest_status=$?
+    "$venv/bin/python" -m pytest tests/e2e "${moved[@]/#/--ignore=}" || pytest_status=$?
     echo "test: all other tests, which ran beside these:"
     wait "$beside" || pytest_status=$?
     cat -- "$log"
