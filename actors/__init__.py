@@ -10,7 +10,7 @@
 ``answers``    what the workers answer, and what becomes of each task then.
 ``nodes``      how much every node of the cluster has done.
 ``host``       the class that Ray makes actors of.
-``failures``   the errors of a pool.
+``failures``   the errors of a pool; ``fingerprints`` that all workers get the same bits.
 ``calibrate``  the controller that spreads the shards of a calibration over a pool.
 ``pipeline``   the same with a pool for each stage of the model; ``stage`` the worker of one.
 ``select``     the controller that has samples sketched, and chooses the representative ones.

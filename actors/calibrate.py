@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from actors.events import Completed, Duplicated, Failed, Retried, WorkerJoined, WorkerLost
+from actors.fingerprints import refuse_mixed
 from actors.nodes import NodeFigures
 from actors.pipeline import Pipeline, PipelineProgress
 from actors.pool import WorkerPool
@@ -21,8 +22,6 @@ from qdist.calibration.stage import stages_of
 from qdist.data.checks import InputSpec
 from qdist.data.decoder import Decoder
 from qdist.data.source import DataSource
-from qdist.digest import canonical_json
-from qdist.errors import StoreError
 from qdist.model.session import fingerprint
 from qdist.stats.observer import Observer, ObserverSpec
 from qdist.stats.warm import warm
@@ -215,7 +214,7 @@ class _Run:
         )
         self._pool = self._open_pool.enter_context(pool)
         self._observers = observers
-        _refuse_mixed(self._job, pool.facts)
+        refuse_mixed(self._job.identity.fingerprint, pool.facts)
         return pool
 
     def _start_ray(self) -> None:
@@ -235,7 +234,7 @@ class _Run:
                 self._source,
                 self._store,
                 self._cluster,
-                check=partial(_refuse_mixed, self._job),
+                check=partial(refuse_mixed, self._job.identity.fingerprint),
                 tell=self._told,
             )
             self._pipeline = self._open_pool.enter_context(pipeline)
@@ -274,7 +273,7 @@ class _Run:
                 case WorkerLost():
                     message = f"worker {event.worker} is gone: {event.reason}"
                 case WorkerJoined():
-                    _refuse_mixed(self._job, [event.facts])
+                    refuse_mixed(self._job.identity.fingerprint, [event.facts])
                     message = f"worker {event.worker} joins"
             self.report(
                 replace(
@@ -304,19 +303,3 @@ def _before(work: Work, left: int, state: CalibrationProgress) -> CalibrationPro
         n_merged=0,
         n_records=0,
     )
-
-
-def _refuse_mixed(job: CalibrationJob, facts: Any) -> None:
-    """Every worker must run under the fingerprint that the store was made for."""
-    wanted = canonical_json(job.identity.fingerprint)
-    for fact in facts:
-        found = canonical_json(fact["fingerprint"])
-        if found != wanted:
-            raise StoreError(
-                "QD407",
-                where=f"worker {fact.get('worker')} on node {fact.get('node_ip')}",
-                got=found,
-                expected=wanted,
-                mend="use nodes of one kind with one ONNX Runtime, or start the driver on such a "
-                "node, so that all results agree to the last bit",
-            )

@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from actors.fingerprints import refuse_mixed
 from actors.pool import Completed, Failed, Retried, WorkerJoined, WorkerLost, WorkerPool
 from actors.session import ClusterSpec, ray_session
 from qdist.data.source import DataSource
-from qdist.digest import canonical_json
-from qdist.errors import StoreError
 from qdist.model.session import fingerprint
 from qdist.selection import (
     Selection,
@@ -82,7 +81,7 @@ def select(
             ray_session(cluster),
             WorkerPool[SketchTask, SketchTable](cluster, make_worker, name="selection") as pool,
         ):
-            _refuse_mixed(job, pool.facts)
+            refuse_mixed(job.identity["fingerprint"], pool.facts)
             for task in tasks:
                 pool.submit(task)
             _collect(job, pool, store, replace(state, n_workers=pool.n_workers_alive), report)
@@ -111,22 +110,6 @@ def _collect(
             case WorkerLost():
                 message = f"worker {event.worker} is gone: {event.reason}"
             case WorkerJoined():
-                _refuse_mixed(job, [event.facts])
+                refuse_mixed(job.identity["fingerprint"], [event.facts])
                 message = f"worker {event.worker} joins"
         report(replace(state, n_workers=pool.n_workers_alive, message=message))
-
-
-def _refuse_mixed(job: SelectionJob, facts: Any) -> None:
-    """Sketches are kept under the driver's fingerprint, so every worker must have it."""
-    wanted = canonical_json(job.identity["fingerprint"])
-    for fact in facts:
-        found = canonical_json(fact["fingerprint"])
-        if found != wanted:
-            raise StoreError(
-                "QD407",
-                where=f"worker {fact.get('worker')} on node {fact.get('node_ip')}",
-                got=found,
-                expected=wanted,
-                mend="use nodes of one kind with one ONNX Runtime, or start the driver on such a "
-                "node",
-            )

@@ -48,15 +48,16 @@ class Measuring:
             segments: tuple[Segment, ...] = (whole(self.graph, taps, hands=hands),)
         else:
             spool = min(SPOOL_BYTES, budget // 16)
+            base = BASE_BYTES + self._group_bytes(taps)
             try:
-                segments = self._cut(taps, hands, budget, spool)
+                segments = self._cut(taps, hands, budget, base + spool)
             except ModelError as error:
                 if error.code != "QD211":
                     raise
                 # What waits between segments can go to files at once: the need that is named
                 # is then one that is enough.
                 spool = LEAST_SPOOL_BYTES
-                segments = self._cut(taps, hands, budget, spool)
+                segments = self._cut(taps, hands, budget, base + spool)
         return ObserverSpec(
             segments=segments,
             data_folder=self.graph.model.data_folder,
@@ -70,16 +71,14 @@ class Measuring:
             spool_bytes=spool,
         )
 
-    def _cut(
-        self, taps: TapTable, hands: list[str], budget: int, spool: int
-    ) -> tuple[Segment, ...]:
+    def _cut(self, taps: TapTable, hands: list[str], budget: int, base: int) -> tuple[Segment, ...]:
         return cut(
             self.graph,
             taps,
             _as_shapes(self.shapes),
             budget,
             hands=hands,
-            base_bytes=BASE_BYTES + spool + self._group_bytes(taps),
+            base_bytes=base,
             execution=self.execution,
         )
 

@@ -45,11 +45,10 @@ def finish(
     receipts = [r for r in store.receipts() if among is None or r.id in among]
     covered = cover([batch.ids for batch in job.grid], job.taps.tensors, receipts)
     if covered.missing:
-        n_batches = len({batch for _, batches in covered.missing for batch in batches})
         raise StoreError(
             "QD402",
             where="the calibration store",
-            got=f"{n_batches} of {len(job.grid)} micro-batches missing",
+            got=f"{covered.n_missing_batches} of {len(job.grid)} micro-batches missing",
             expected="all of them",
             mend="run qdist calibrate again; it goes on where it stopped",
         )

@@ -46,10 +46,6 @@ class PagedCounters:
         self.page_of = np.concatenate([self.page_of, np.full(n, -1, np.int32)])
         return first
 
-    def truncate_slots(self, n: int) -> None:
-        """Keep the first ``n`` slots alone. Only after `clear`."""
-        self.page_of = self.page_of[:n].copy()
-
     def reserve(self, n_pages: int) -> None:
         """See to it that ``n_pages`` are free."""
         wanted = int(self.used[0]) + n_pages

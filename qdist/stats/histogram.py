@@ -105,7 +105,8 @@ class Histogram:
             return Density(lower=lower, upper=upper, counts=masses)
         points = self.exact.values
         lower, upper = np.concatenate([lower, points]), np.concatenate([upper, points])
-        order = np.argsort(lower, kind="stable")
+        # A value at the edge of a bin comes before the interval that begins there.
+        order = np.lexsort((upper, lower))
         masses = np.concatenate([masses, self.exact.counts])
         return Density(lower=lower[order], upper=upper[order], counts=masses[order])
 

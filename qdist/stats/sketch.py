@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,6 +21,7 @@ from qdist.digest import digest_arrays
 from qdist.errors import DataError
 from qdist.model.session import Execution, as_float32, measuring_session, run
 from qdist.model.taps import TapTable
+from qdist.stats.compiled import compiled
 
 VERSION = 1
 """Version of the meaning of a sketch; part of the identity of stored ones."""
@@ -158,10 +158,11 @@ def sketch_values(
     Returns how many NaN it held, and its largest finite magnitude (0 without any).
     """
     bits = np.ascontiguousarray(values).reshape(-1).view(np.uint32)
-    n_nan, top = _count(bits, counts.reshape(-1))
+    n_nan, top = _count_bits(bits, counts.reshape(-1))
     return int(n_nan), np.uint32(top).view(np.float32)
 
 
+@compiled
 def _count_bits(bits: NDArray[np.uint32], counts: NDArray[np.uint32]) -> tuple[Any, Any]:
     """Count float32 given as bits; the number of NaN, and the bits of the largest magnitude."""
     top: Any = np.int64(0)
@@ -178,9 +179,6 @@ def _count_bits(bits: NDArray[np.uint32], counts: NDArray[np.uint32]) -> tuple[A
             place += N_MAGNITUDES
         counts[place] += np.uint32(1)
     return n_nan, top
-
-
-_count = numba.njit(cache=True, nogil=True)(_count_bits)
 
 
 def _nan(tensor: str, key: str, n_nan: int) -> DataError:

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from qdist.errors import StoreError
 from qdist.store.receipt import ShardReceipt
-from qdist.store.zarr_store import open_store
 from tests.command_line import check_error, here
 from tests.e2e.cluster import Command, RayCluster, statistics, wait_until
+from tests.e2e.committed import n_committed, receipts
 
 pytestmark = pytest.mark.slow
 
@@ -57,25 +56,10 @@ def start(nodes: RayCluster, folder: Path, *words: str) -> Command:
     )
 
 
-def receipts(folder: Path) -> list[ShardReceipt]:
-    """What is finished in the folder's store; nothing while there is no store."""
-    try:
-        return list(open_store(folder / "s.zarr").receipts())
-    except StoreError as error:
-        if error.code != "QD402":
-            raise
-        return []
-
-
-def n_finished(folder: Path) -> int:
-    """How many receipts there are. Reads none of them, for the run needs the processor."""
-    return sum(1 for _ in (folder / "s.zarr/receipts").glob("*.json"))
-
-
 def wait_for_shards(run: Command, folder: Path, n: int) -> None:
     """Until ``n`` are finished, in the middle of the run."""
-    run.wait_until(lambda: n_finished(folder) >= n)
-    assert n_finished(folder) < N_SHARDS, "too late to be in the middle"
+    run.wait_until(lambda: n_committed(folder) >= n)
+    assert n_committed(folder) < N_SHARDS, "too late to be in the middle"
 
 
 def check_kept(before: list[ShardReceipt], folder: Path) -> None:
@@ -136,14 +120,22 @@ def test_killed_driver_whose_workers_were_killed_before_and_after(
 def test_two_drivers_on_one_store(
     nodes: RayCluster, undisturbed: tuple[str, Path], tmp_path: Path
 ) -> None:
-    runs = [start(nodes, tmp_path, "cluster.workers=1") for _ in range(2)]
-    for run in runs:
+    first = start(nodes, tmp_path, "cluster.workers=1")
+    wait_for_shards(first, tmp_path, 1)
+    # It stands still until the second has committed something, so that they surely overlap.
+    (paused,) = {receipt.made_by["pid"] for receipt in receipts(tmp_path)}
+    os.kill(paused, signal.SIGSTOP)
+    try:
+        second = start(nodes, tmp_path, "cluster.workers=1")
+        wait_for_shards(second, tmp_path, n_committed(tmp_path) + 1)
+    finally:
+        os.kill(paused, signal.SIGCONT)
+    for run in (first, second):
         assert statistics(run.finish()) == undisturbed[0]
     made = receipts(tmp_path)
     assert len(made) == N_SHARDS, "each shard once, whoever measured it"
-    # How many each of them measured is a matter of time; on a busy machine one may be late for all.
-    assert len({receipt.made_by["pid"] for receipt in made}) in (1, 2)
-    check_nobody_left(nodes, *runs)
+    assert len({receipt.made_by["pid"] for receipt in made}) == 2
+    check_nobody_left(nodes, first, second)
 
 
 def test_store_that_is_away_for_a_moment(

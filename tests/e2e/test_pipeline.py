@@ -21,14 +21,14 @@ from qdist.calibration import CalibrationSettings, prepare
 from qdist.data.arrays import ArraySource
 from qdist.data.preprocess import Preprocess
 from qdist.demo import demo_file
-from qdist.errors import ModelError, StoreError
+from qdist.errors import ModelError
 from qdist.model.estimate import BASE_BYTES
 from qdist.model.freeze import freeze
 from qdist.model.loading import load_model
 from qdist.store.receipt import ShardReceipt
-from qdist.store.zarr_store import open_store
 from tests.command_line import check_error, here
 from tests.e2e.cluster import Command, RayCluster, statistics, wait_until
+from tests.e2e.committed import n_committed, receipts
 from tests.onnx_models import EXECUTION
 
 pytestmark = pytest.mark.slow
@@ -85,20 +85,6 @@ def start(nodes: RayCluster, folder: Path) -> Command:
     pipeline = ("cluster.pipeline=true", "cluster.workers=2", "cluster.ready_timeout_s=60")
     words = (f"calibration.memory_budget={budget()}MiB", f"cluster.address={nodes.address}")
     return Command(*WORDS, *pipeline, *words, folder=folder, extra=nodes.extra)
-
-
-def receipts(folder: Path) -> list[ShardReceipt]:
-    """What is committed in the folder's store; nothing while there is no store."""
-    try:
-        return list(open_store(folder / "s.zarr").receipts())
-    except StoreError as error:
-        if error.code != "QD402":
-            raise
-        return []
-
-
-def n_committed(folder: Path) -> int:
-    return sum(1 for _ in (folder / "s.zarr/receipts").glob("*.json"))
 
 
 def wait_for(run: Command, folder: Path, n: int) -> list[ShardReceipt]:

@@ -26,6 +26,10 @@ LARGE = 3 * sweep.BLOCK
 """Several blocks, and more than is counted directly."""
 SMALLEST = 2.0**-133
 """What has a smaller magnitude shares a bin with zero."""
+AT_AN_EDGE = np.array(
+    [0x80000000, 0x80800000, 0, 0x807FFFFF, 1, 0x80000001, *[0x7FFFFF] * 3], np.uint32
+).view(np.float32)
+"""The value of largest magnitude lies where a bin of smaller ones ends."""
 
 any_bits = st.one_of(st.sampled_from(SPECIAL_BITS), st.integers(0, 2**32 - 1))
 tensors = hnp.arrays(np.uint32, st.integers(0, 60), elements=any_bits).map(
@@ -268,6 +272,7 @@ def test_a_histogram_says_what_kinds_of_values_there_were(values: NDArray[np.flo
 
 @given(tensors)
 @settings(deadline=None)
+@example(AT_AN_EDGE)
 def test_a_density_is_ascending_disjoint_and_cut_by_the_exact_extrema(
     values: NDArray[np.float32],
 ) -> None:

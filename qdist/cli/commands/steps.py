@@ -67,10 +67,10 @@ def calibrate(
     if config.calibration.early_stop is not None:
         refuse_blocks(config.calibration.blocks)
     wanted = samples(config.data, config.calibration, graph, context)
-    # A wrong name is better known before samples are compared, and a store made.
-    find_taps(graph, wanted.settings.taps)
     context.notes(wanted.notes)
     if config.data.select_num is not None:
+        # A wrong name is better known before samples are compared.
+        find_taps(graph, wanted.settings.taps)
         wanted = selected(wanted, config, graph, context)
     inputs = input_specs(graph)
     settings = replace(wanted.settings, n_workers=config.cluster.workers)
