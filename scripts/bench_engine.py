@@ -36,8 +36,9 @@ from qdist.model.loading import load_model
 from qdist.model.session import Execution, measuring_session
 from qdist.model.taps import TapTable, find_taps, tapped_graph
 from qdist.stats.accumulator import Accumulator
+from qdist.stats.merger import merge_all
 from qdist.stats.observer import Observer
-from qdist.stats.record import CalibrationRecord, merge_all
+from qdist.stats.record import CalibrationRecord
 from qdist.stats.spec import StatisticsSpec
 from qdist.store.identity import Identity
 from qdist.store.receipt import ShardReceipt

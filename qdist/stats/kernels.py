@@ -119,3 +119,28 @@ def merge_largest(
             k += 1
         offsets[row + 1] = k
     return keys[:k].copy(), offsets
+
+
+@compiled
+def ascend(steps: NDArray[np.int64], keys: NDArray[np.int64]) -> bool:
+    """Sum ``steps`` up into ``keys``; whether the first is not negative and all others positive.
+
+    Without a branch for every step, so that it takes one pass at the speed of memory.
+    """
+    total = np.int64(0)
+    lowest = np.int64(1)
+    for i in range(steps.size):
+        step = steps[i]
+        total += step
+        keys[i] = total
+        lowest = min(lowest, step + np.int64(i == 0))
+    return lowest > 0
+
+
+@compiled
+def all_counted(counts: NDArray[np.uint64]) -> bool:
+    """Whether no count is zero, or 2**64 - 1, which stands for a missing one."""
+    n_wrong = 0
+    for i in range(counts.size):
+        n_wrong += (counts[i] == np.uint64(0)) | (counts[i] == ~np.uint64(0))
+    return n_wrong == 0

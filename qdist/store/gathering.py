@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
+from qdist.stats.merger import Merger
 from qdist.stats.record import CalibrationRecord
 from qdist.store.coverage import Tensors
 from qdist.store.receipt import ShardReceipt
@@ -26,7 +27,7 @@ def gather(
     chosen = tuple(parts)
     wanted = tuple(dict.fromkeys(tensors))
     block_of = _blocks(chosen)
-    merged: dict[int, CalibrationRecord] = {}
+    mergers: dict[int, Merger] = {}
     is_whole = True
     for receipt, own in chosen:
         record = read(receipt, own)
@@ -39,12 +40,12 @@ def gather(
             rows[block_of[tensor]].append(tensor)
         for block, names in rows.items():
             part = record if tuple(names) == record.tensors else record.select(names)
-            merged[block] = merged[block].merge(part) if block in merged else part
+            mergers.setdefault(block, Merger(names)).add(part)
     if not is_whole:
         return None
-    if not merged:
+    if not mergers:
         return CalibrationRecord.empty(wanted)
-    found = tuple(merged.values())
+    found = [merger.record() for merger in mergers.values()]
     if len(found) == 1 and found[0].tensors == wanted:
         return found[0]
     return CalibrationRecord.join(found, wanted)
