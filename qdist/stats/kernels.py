@@ -134,7 +134,7 @@ def ascend(steps: NDArray[np.int64], keys: NDArray[np.int64]) -> bool:
         total += step
         keys[i] = total
         lowest = min(lowest, step + np.int64(i == 0))
-    return lowest > 0
+    return bool(lowest > 0)
 
 
 @compiled
@@ -142,5 +142,5 @@ def all_counted(counts: NDArray[np.uint64]) -> bool:
     """Whether no count is zero, or 2**64 - 1, which stands for a missing one."""
     n_wrong = 0
     for i in range(counts.size):
-        n_wrong += (counts[i] == np.uint64(0)) | (counts[i] == ~np.uint64(0))
+        n_wrong += int((counts[i] == np.uint64(0)) | (counts[i] == ~np.uint64(0)))
     return n_wrong == 0
