@@ -59,7 +59,7 @@ def finish(
         )
     places = {id: place for place, id in enumerate(job.manifest.ids)}
     parts = plan(covered.parts, places)
-    record = _joined(parts, store, job.taps.tensors, spread, on_progress)
+    record = read_and_merge(parts, store, job.taps.tensors, spread, on_progress)
     merged = _merged(job, record, len(covered.parts))
     details = {
         "manifest": job.manifest.to_json(),
@@ -96,14 +96,17 @@ def merge_name(job: CalibrationJob) -> str:
     return digest_json([[list(batch.ids) for batch in job.grid], list(job.taps.tensors)])
 
 
-def _joined(
+def read_and_merge(
     parts: Sequence[Part],
     store: CalibrationStore,
     tensors: tuple[str, ...],
-    spread: Spread | None,
-    on_progress: OnProgress | None,
+    spread: Spread | None = None,
+    on_progress: OnProgress | None = None,
 ) -> CalibrationRecord:
-    """The merged record of all parts. Damaged ones are discarded; QD403 after all are read."""
+    """The merged record of all parts, ``spread`` and ``on_progress`` as in `finish`.
+
+    Damaged records are discarded; raises QD403 after all are read.
+    """
     levels = missing(parts, store.nodes() if nodes_of(parts) else ())
     count = _Count(parts, levels, on_progress)
     damaged: list[StoreError] = []
