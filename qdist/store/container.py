@@ -29,6 +29,10 @@ from qdist.store import chunks
 CHUNK_ITEMS = 1 << 24
 """Items of one chunk, at most: the codecs take less than 2 GiB at a time."""
 
+_BLOCK_BYTES = 1 << 20
+"""What Blosc compresses at a time. With its own choice, of 16 kB, level 3 makes nothing smaller and
+takes twice as long."""
+
 UNREADABLE = (
     ArithmeticError,
     AttributeError,
@@ -71,8 +75,9 @@ class Container:
                 compressors=(
                     BloscCodec(
                         cname="zstd",
-                        clevel=3,
+                        clevel=1,
                         shuffle=BloscShuffle.shuffle,
+                        blocksize=_BLOCK_BYTES,
                         typesize=values.dtype.itemsize,
                     ),
                     Crc32cCodec(),
