@@ -53,6 +53,8 @@ class CalibrationWorker:
         if self._store is None:
             raise RuntimeError("run() before setup()")
         if isinstance(task, MergeNode):
+            # Merging needs no model, and its memory goes to the records.
+            self._observer = None
             return merge_node(task, self._store)
         observer = self._observe_with(task.tap_set)
         return run_shard(

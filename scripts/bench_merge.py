@@ -83,7 +83,7 @@ def merging(folder: Path, n_records: int, say: Callable[[str], None]) -> dict[st
         factor = np.float32(1 + index / 997)
         stored.add([column * factor for column in columns], 16)
     marks: dict[int, float] = {}
-    begin = time.perf_counter()
+    begin, begin_cpu = time.perf_counter(), time.process_time()
 
     def records() -> Iterator[Any]:
         for index in range(n_records):
@@ -93,6 +93,8 @@ def merging(folder: Path, n_records: int, say: Callable[[str], None]) -> dict[st
 
     merged = stored.merge(records())
     marks[n_records] = time.perf_counter() - begin
+    cpu_s = time.process_time() - begin_cpu
+    n_bytes = stored.bytes_per_record()
     say(", ".join(f"{n} records {seconds:.1f} s" for n, seconds in marks.items()))
     tree_s, n_samples = as_tree(stored, n_records)
     say(f"{n_records} records as a tree, two workers {tree_s:.1f} s")
@@ -102,6 +104,7 @@ def merging(folder: Path, n_records: int, say: Callable[[str], None]) -> dict[st
         "merge_tree_s_per_1000_shards": tree_s / n_records * 1000,
         "merge_s_per_1000_shards": marks[n_records] / n_records * 1000,
         "merge_s_at": {str(n): seconds for n, seconds in marks.items()},
-        "merge_record_bytes": stored.bytes_per_record(),
+        "merge_cpu_s_per_1000_shards": cpu_s / n_records * 1000,
+        "merge_record_bytes": n_bytes,
         "merge_n_samples": merged.n_samples,
     }
