@@ -30,8 +30,8 @@ CHUNK_ITEMS = 1 << 24
 """Items of one chunk, at most: the codecs take less than 2 GiB at a time."""
 
 _BLOCK_BYTES = 1 << 20
-"""What Blosc compresses at a time. With its own choice, of 16 kB, level 3 makes nothing smaller and
-takes twice as long."""
+"""What Blosc compresses at a time. In blocks of its own choice, level 3 makes records no smaller
+and takes longer both ways."""
 
 UNREADABLE = (
     ArithmeticError,

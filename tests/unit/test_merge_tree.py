@@ -29,11 +29,14 @@ from qdist.calibration import (
 )
 from qdist.calibration import CalibrationSettings as Settings
 from qdist.calibration.blockwise import block_records
+from qdist.calibration.merge import read_and_merge
+from qdist.calibration.tree import nodes_of, plan
 from qdist.calibration.work import Work
 from qdist.model.freeze import FrozenModel
 from qdist.stats.merger import Merger
 from qdist.stats.observer import Observer
 from qdist.stats.record import CalibrationRecord
+from qdist.store.coverage import cover
 from qdist.store.layout import nodes_document
 from qdist.store.portable import export_statistics, import_statistics
 from qdist.store.receipt import ShardReceipt
@@ -223,6 +226,32 @@ def test_a_damaged_record_is_measured_again_and_found_with_all_others(
     assert completed(job, store, again) == at_once(job)
     assert [len(level) for level in again.levels] == [2]
     assert len(store.receipts()) == N
+
+
+@pytest.mark.parametrize("fan_in", [2, 5])
+def test_trees_of_several_levels_are_mended_at_any_of_them(
+    fan_in: int, frozen: FrozenModel, store: ZarrStore
+) -> None:
+    job = job_of(frozen)
+    tensors = job.taps.tensors
+    covered = cover([batch.ids for batch in job.grid], tensors, store.receipts())
+    places = {id: place for place, id in enumerate(job.manifest.ids)}
+    parts = plan(covered.parts, places, fan_in=fan_in, few=4)
+    spread = Watched(store)
+    assert read_and_merge(parts, store, tensors, spread).digest == at_once(job)
+    assert len(spread.levels) == {2: 6, 5: 2}[fan_in]
+    assert store.nodes() == set(nodes_of(parts)) == spread.names
+    # One of each level: what is above a sound node is not looked at, what is below a lost one is.
+    for level in spread.levels:
+        (Path(store.location) / "nodes" / f"{level[0]}.json").unlink()
+    again = Watched(store)
+    assert read_and_merge(parts, store, tensors, again).digest == at_once(job)
+    assert spread.levels[-1][0] in again.names <= {level[0] for level in spread.levels}
+    for file in files(store, "inner"):
+        flip(file)
+    nothing_missing = Watched(store)
+    assert read_and_merge(parts, store, tensors, nothing_missing).digest == at_once(job)
+    assert nothing_missing.levels == []
 
 
 def test_a_worker_that_dies_before_its_node_is_whole(frozen: FrozenModel, store: ZarrStore) -> None:
