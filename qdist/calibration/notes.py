@@ -12,8 +12,8 @@ from qdist.threshold.sentinel import split_sentinels
 
 def refuse_nan(record: CalibrationRecord) -> None:
     """Raise QD309: shards measured under ``report`` may hold what ``error`` must not pass over."""
-    for tensor in record.tensors:
-        n_nan = record.histogram(tensor).n_nan
+    n_nans, _ = record.specials()
+    for tensor, n_nan in zip(record.tensors, n_nans.tolist(), strict=True):
         if n_nan:
             raise DataError(
                 "QD309",
@@ -29,12 +29,11 @@ def record_notes(job: CalibrationJob, record: CalibrationRecord) -> list[str]:
     graph = job.measuring.graph
     masked = sentinel_paths(graph)
     notes = []
-    for tensor in record.tensors:
-        histogram = record.histogram(tensor)
-        if histogram.n_nan:
-            notes.append(f"tensor {tensor} held {histogram.n_nan} NaN, which count for nothing")
-        if tensor not in masked and histogram.n_infinite:
-            notes.append(f"tensor {tensor} held {histogram.n_infinite} infinities")
+    for tensor, n_nan, n_infinite in zip(record.tensors, *record.specials(), strict=True):
+        if n_nan:
+            notes.append(f"tensor {tensor} held {n_nan} NaN, which count for nothing")
+        if tensor not in masked and n_infinite:
+            notes.append(f"tensor {tensor} held {n_infinite} infinities")
     counted = {
         tensor: n for tensor in masked if tensor in record if (n := _n_masked(record, tensor))
     }

@@ -202,6 +202,17 @@ class CalibrationRecord:
             exact=exact,
         )
 
+    def specials(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """How many NaNs, and how many infinities, every row counted: int64[n] each."""
+        bins = (self.histograms.keys & ((1 << ROW_SHIFT) - 1)).astype(np.uint16)
+        found = []
+        for held in (grid.is_nan_bin(bins), grid.is_infinite_bin(bins)):
+            rows = (self.histograms.keys[held] >> ROW_SHIFT).astype(np.int64)
+            counts = np.zeros(len(self.tensors), np.int64)
+            np.add.at(counts, rows, self.histograms.counts[held].astype(np.int64))
+            found.append(counts)
+        return found[0], found[1]
+
     def largest(self, tensor: str) -> NDArray[np.float32]:
         """The finite values of largest magnitude, signs kept, repeated ones repeated.
 
