@@ -35,8 +35,8 @@ def round_float(
     """The nearest values that ``to`` has, as float32.
 
     ``values`` are float32 or narrower. What is beyond the largest after rounding becomes infinity
-    (NaN in a type without), or with ``saturate`` the largest; infinities stay where the type has
-    them, and saturate or become NaN where not. NaN stays NaN, zeros keep their sign.
+    (NaN in a type without), or with ``saturate`` the largest, as ONNX has it. So do infinities. NaN
+    stays NaN, zeros keep their sign.
     """
     with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
         x = np.asarray(values, np.float32).astype(np.float64)
@@ -49,6 +49,5 @@ def round_float(
     beyond = np.inf if to.has_infinity else np.nan
     limit = to.largest if saturate else beyond
     rounded = np.where(rounded > to.largest, limit, rounded)
-    infinite = np.inf if to.has_infinity else limit
-    rounded = np.where(finite, rounded, np.where(np.isnan(x), np.nan, infinite))
+    rounded = np.where(finite, rounded, np.where(np.isnan(x), np.nan, limit))
     return np.copysign(rounded, x).astype(np.float32)

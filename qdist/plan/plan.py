@@ -20,7 +20,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedInput:
-    """One quantized input of a layer."""
+    """One quantized tensor at a layer: the ``index``-th of its inputs, or outputs."""
 
     index: int
     tensor: str
@@ -45,7 +45,9 @@ class LayerPlan:
     """One layer: what was chosen, the numbers, and why an input stays float.
 
     ``why``: where the choice comes from. ``left_float``: input tensor -> reason. ``fused_with``:
-    the layer that it is computed together with, whose choice holds for both.
+    the layer that it is computed together with, whose choice holds for both. ``outputs``: how the
+    results are stored, where statistics tell: those of the last layer that is computed together
+    with this one. Floating-point types round there; integer targets requantize there.
     """
 
     name: str
@@ -56,6 +58,7 @@ class LayerPlan:
     why: str
     left_float: dict[str, str] = field(default_factory=dict)
     fused_with: str | None = None
+    outputs: tuple[QuantizedInput, ...] = ()
 
     @property
     def is_quantized(self) -> bool:
@@ -73,6 +76,7 @@ class LayerPlan:
             "why": self.why,
             "left_float": self.left_float,
             "fused_with": self.fused_with,
+            "outputs": [entry.to_json() for entry in self.outputs],
         }
 
     @classmethod
@@ -87,6 +91,7 @@ class LayerPlan:
             why=value["why"],
             left_float=dict(value["left_float"]),
             fused_with=value["fused_with"],
+            outputs=tuple(QuantizedInput.from_json(v) for v in value.get("outputs", ())),
         )
 
 
@@ -111,7 +116,7 @@ class QuantizationPlan:
     @property
     def opset(self) -> int:
         """The lowest opset that the plan needs."""
-        used = [layer.choice.bits.opset for layer in self.layers if layer.is_quantized]
+        used = [layer.choice.opset for layer in self.layers if layer.is_quantized]
         return max(used, default=13)
 
     def counts(self) -> Counter[str]:

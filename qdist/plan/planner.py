@@ -7,26 +7,36 @@ ask for hundreds of plans. It never runs the model.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from qdist.errors import ModelError, PlanError, StoreError
+from qdist.model.channels import channel_axes
 from qdist.model.graph import FLOAT_TYPES, Graph
 from qdist.model.layers import VIEWS, Layer, LayerInput, find_layers
 from qdist.model.taps import TapTable
+from qdist.numbers.dtype import DTYPES, DType, FloatType
+from qdist.plan import ranges
 from qdist.plan.choice import LayerChoice
 from qdist.plan.fusion import find_fusions
+from qdist.plan.granularity import summed_axis
 from qdist.plan.plan import LayerPlan, QuantizationPlan, QuantizedInput
-from qdist.plan.precision import activation_levels, weight_levels
-from qdist.plan.quantizer import Quantizer
+from qdist.plan.precision import activation_levels, precision, weight_levels
+from qdist.plan.quantizer import Quantizer, rounding_to
 from qdist.plan.rules import Rule
-from qdist.plan.scope import left_out
-from qdist.plan.weight_range import weight_quantizer
+from qdist.plan.scope import NO_INTEGER_FORM, left_out
+from qdist.plan.weight_range import (
+    block_quantizer,
+    float_quantizer,
+    group_quantizer,
+    weight_quantizer,
+)
+from qdist.stats.histogram import Density
 from qdist.stats.record import CalibrationRecord
 from qdist.threshold.blocks import mean_threshold
-from qdist.threshold.clip import scale_and_zero
+from qdist.threshold.clip import Threshold, scale_and_zero
 from qdist.threshold.registry import find_threshold
 from qdist.threshold.sentinel import LEAST_GAP, LEAST_MAGNITUDE, split_sentinels
 
@@ -61,7 +71,8 @@ class Planner:
         self.taps = taps
         self.settings = settings or PlanSettings()
         self._left_out = left_out(self.layers, self.settings.scope)
-        self._activations: dict[tuple[str, int, str], Quantizer | str] = {}
+        self._last = self._last_results()
+        self._activations: dict[tuple[Any, ...], Quantizer | str] = {}
         self._weights: dict[tuple[Any, ...], Quantizer | str] = {}
 
     def choosable(self) -> tuple[Layer, ...]:
@@ -125,7 +136,8 @@ class Planner:
             return f"computed with {self.fused[name]}"
         if rule.settings.get("precision") == "float32":
             return None
-        return self._left_out.get(name)
+        reason = self._left_out.get(name)
+        return None if _rounds_anyway(reason, rule.settings.get("precision")) else reason
 
     def weight_elements(self, layer: Layer) -> int:
         """How many weight values a matmul- or conv-like layer has; 0 for any other."""
@@ -140,6 +152,8 @@ class Planner:
         activations: list[QuantizedInput] = []
         weights: list[QuantizedInput] = []
         reason = self._left_out.get(layer.name)
+        if _rounds_anyway(reason, choice.precision):
+            reason = None
         if layer.name in self.fused:
             reason = f"computed with {self.fused[layer.name]}"
         if reason is None and choice.bits.is_float:
@@ -151,7 +165,7 @@ class Planner:
             found: Quantizer | str
             if reason is not None:
                 found = reason
-            elif layer.op_type == "Div" and entry.index == 1:
+            elif layer.op_type == "Div" and entry.index == 1 and not _is_wide(choice):
                 # What rounds to 0 would make infinities and NaN of ordinary values.
                 found = "a divisor"
             elif is_weight:
@@ -172,7 +186,28 @@ class Planner:
             why=why,
             left_float=left,
             fused_with=self.fused.get(layer.name),
+            outputs=self._outputs(layer, choice) if activations or weights else (),
         )
+
+    def _last_results(self) -> dict[str, tuple[str, ...]]:
+        """Layer -> the results of the last one that is computed together with it."""
+        last = {layer.name: layer.outputs for layer in self.layers if layer.name not in self.fused}
+        last.update({self.fused[x.name]: x.outputs for x in self.layers if x.name in self.fused})
+        return last
+
+    def _outputs(self, layer: Layer, choice: LayerChoice) -> tuple[QuantizedInput, ...]:
+        """How results are stored, where that is known: any of a floating-point type, else those
+        that were measured."""
+        found = []
+        for index, tensor in enumerate(self._last[layer.name]):
+            if choice.bits.activation is None or not self.graph.is_float(tensor):
+                continue
+            measured = self.taps.row_of(tensor) in self._record
+            if measured or choice.bits.rounds is not None:
+                quantizer = self._activation(tensor, replace(choice, **_PER_TENSOR))
+                if not isinstance(quantizer, str):
+                    found.append(QuantizedInput(index=index, tensor=tensor, quantizer=quantizer))
+        return tuple(found)
 
     def _unfolded(self, tensor: str) -> str:
         op_type = self.graph.maker[tensor].op_type
@@ -204,42 +239,56 @@ class Planner:
         )
 
     def _activation(self, tensor: str, choice: LayerChoice) -> Quantizer | str:
-        bits = choice.bits.activation_bits
-        if bits is None:
+        kind = choice.bits.activation_type
+        if kind is None:
             return f"precision {choice.precision}"
         row = self.taps.row_of(tensor)
-        key = (row, bits, choice.saturation)
+        # Channels and tokens lie along axes, which a view of the tensor may have elsewhere.
+        where = tensor if choice.activation_granularity != "tensor" else row
+        how = (choice.saturation, choice.activation_range_bits, choice.activation_granularity)
+        key = (where, kind.name, *how)
         if key not in self._activations:
-            self._activations[key] = self._find_activation(row, bits, choice.saturation)
+            self._activations[key] = self._stored_activation(tensor, row, kind, choice)
         return self._activations[key]
 
-    def _find_activation(self, row: str, bits: int, method: str) -> Quantizer | str:
+    def _stored_activation(
+        self, tensor: str, row: str, kind: DType, choice: LayerChoice
+    ) -> Quantizer | str:
+        """The activation in the number type and granularity that were chosen."""
         found = self.graph.type_of(row)
         if found is not None and found.element != 1:
             return "not a float32 tensor"
-        if row not in self._record:
-            raise StoreError(
-                "QD406",
-                where=f"tensor {row}",
-                got="no histogram",
-                expected="every tensor that the plan quantizes to be measured",
-                mend="run qdist calibrate with calibration.taps=all, "
-                "or set quantization.scope=compute",
-            )
-        histogram = self._record.histogram(row)
-        split = split_sentinels(histogram.finite)
-        if split.n_sentinels or histogram.n_infinite:
-            n = int(split.n_sentinels) + histogram.n_infinite
-            return f"holds {n} values that mean masked, not magnitudes"
-        if split.body.is_empty:
-            return "never held a value in calibration"
-        levels = activation_levels(bits, symmetric=self.settings.symmetric)
-        parameters = self.settings.saturation_parameters
-        if self._blocks:
-            histograms = [block.histogram(row) for block in self._blocks]
-            threshold = mean_threshold(histograms, levels, method, parameters).threshold
-        else:
-            threshold = find_threshold(split.body, levels, method, parameters)
+        if choice.bits.rounds is not None:
+            known = self._record.histogram(row).finite if row in self._record else None
+            return ranges.rounded(choice.bits.rounds, known)
+        if isinstance(kind, FloatType):
+            threshold = self._threshold(row, 8, None, _NARROW_FLOAT.get(choice.saturation, "max"))
+            return threshold if isinstance(threshold, str) else ranges.scaled_float(kind, threshold)
+        grain, range_bits = choice.activation_granularity, choice.activation_range_bits
+        if grain == "tensor":
+            whole = self._find_activation(row, kind.bits, choice.saturation, range_bits)
+            return whole if isinstance(whole, str) else ranges.stored_as(whole, kind)
+        values = self._body(row)
+        if isinstance(values, str):
+            return values
+        if grain == "token":
+            return ranges.per_token(kind, range_bits, self.graph.type_of(tensor), values)
+        if tensor != row:
+            return "its channels were measured along the axes of another tensor"
+        axis = channel_axes(self.graph, self.taps).get(tensor)
+        levels = activation_levels(
+            kind.bits, symmetric=self.settings.symmetric, range_bits=range_bits
+        )
+        each = ranges.per_channel(kind.bits, levels, self._record.channels(row), axis)
+        return each if isinstance(each, str) else ranges.stored_as(each, kind)
+
+    def _find_activation(
+        self, row: str, bits: int, method: str, range_bits: int | None = None
+    ) -> Quantizer | str:
+        threshold = self._threshold(row, bits, range_bits, method)
+        if isinstance(threshold, str):
+            return threshold
+        levels = activation_levels(bits, symmetric=self.settings.symmetric, range_bits=range_bits)
         scale, zero = scale_and_zero(threshold.low, threshold.high, levels)
         return Quantizer(
             bits=bits,
@@ -254,21 +303,59 @@ class Planner:
             expected_mse=threshold.expected_mse,
         )
 
+    def _body(self, row: str) -> Density | str:
+        """The values of a tensor that are magnitudes, or why it stays float. Raises QD406."""
+        if row not in self._record:
+            raise StoreError(
+                "QD406",
+                where=f"tensor {row}",
+                got="no histogram",
+                expected="every tensor that the plan quantizes to be measured",
+                mend="run qdist calibrate with calibration.taps=all, "
+                "or set quantization.scope=compute",
+            )
+        histogram = self._record.histogram(row)
+        split = split_sentinels(histogram.finite)
+        if split.n_sentinels or histogram.n_infinite:
+            n = int(split.n_sentinels) + histogram.n_infinite
+            return f"holds {n} values that mean masked, not magnitudes"
+        return "never held a value in calibration" if split.body.is_empty else split.body
+
+    def _threshold(
+        self, row: str, bits: int, range_bits: int | None, method: str
+    ) -> Threshold | str:
+        body = self._body(row)
+        if isinstance(body, str):
+            return body
+        levels = activation_levels(bits, symmetric=self.settings.symmetric, range_bits=range_bits)
+        parameters = self.settings.saturation_parameters
+        if self._blocks:
+            histograms = [block.histogram(row) for block in self._blocks]
+            return mean_threshold(histograms, levels, method, parameters).threshold
+        return find_threshold(body, levels, method, parameters)
+
     def _weight(self, layer: Layer, entry: LayerInput, choice: LayerChoice) -> Quantizer | str:
-        bits = choice.bits.weight_bits
-        if bits is None:
+        kind = choice.bits.weight_type
+        if kind is None:
             return f"precision {choice.precision}"
         if not layer.is_compute:
+            if choice.bits.is_weight_only:
+                return f"precision {choice.precision} is for what is multiplied and summed"
             # Operands of pointwise layers are activations that happen to be constant.
-            bits = choice.bits.activation_bits or bits
-        axis = entry.channel_axis if choice.granularity == "channel" else None
-        key = (entry.tensor, bits, axis, choice.weight_method)
+            kind = DTYPES[(choice.bits.activation or kind.name).removeprefix("u")]
+        grain = choice.weight_grain
+        axis = entry.channel_axis if grain.kind != "tensor" else None
+        along = None
+        if grain.kind == "block":
+            along = summed_axis(layer.op_type, axis, len(self.graph.weights.shape(entry.tensor)))
+        method = choice.weight_method
+        key = (entry.tensor, kind.name, axis, along, grain, choice.weight_range_bits, method)
         if key not in self._weights:
-            self._weights[key] = self._find_weight(entry.tensor, bits, axis, choice.weight_method)
+            self._weights[key] = self._find_weight(entry.tensor, kind, axis, along, choice)
         return self._weights[key]
 
     def _find_weight(
-        self, tensor: str, bits: int, axis: int | None, method: str
+        self, tensor: str, kind: DType, axis: int | None, along: int | None, choice: LayerChoice
     ) -> Quantizer | str:
         found = self.graph.type_of(tensor)
         if found is not None and found.element != 1:
@@ -276,11 +363,39 @@ class Planner:
         values = self.graph.weights.read(tensor)
         if values.size == 0:
             return "holds no values"
+        if isinstance(kind, FloatType) and kind.bits > 8:
+            return rounding_to(kind, saturates=True)
         if values.size == 1:
             return "a single number"
         if not np.isfinite(values).all() or _holds_sentinels(values):
             return "holds values that mean masked, not magnitudes"
-        return weight_quantizer(values, weight_levels(bits), bits, axis, method)
+        if isinstance(kind, FloatType):
+            return float_quantizer(values, kind, axis)
+        bits, method, grain = kind.bits, choice.weight_method, choice.weight_grain
+        # Constants of pointwise layers may be wider than the layer's weights.
+        levels = weight_levels(bits, choice.weight_range_bits)
+        if along is not None:
+            return block_quantizer(values, levels, bits, along, grain.size, method)
+        if grain.kind == "group" and axis is not None:
+            return group_quantizer(values, levels, bits, axis, grain.size, method)
+        return weight_quantizer(values, levels, bits, axis, method)
+
+
+_PER_TENSOR: dict[str, Any] = {"activation_granularity": "tensor"}
+_NARROW_FLOAT = {"percentile": "percentile"}
+"""Threshold methods that say something of a floating-point type; the others compare even steps."""
+
+
+def _rounds_anyway(reason: str | None, name: str | None) -> bool:
+    """Whether a layer without an integer form can have the precision of this name."""
+    rounds = name is not None and precision(name).rounds is not None
+    return reason is not None and rounds and reason.endswith(NO_INTEGER_FORM)
+
+
+def _is_wide(choice: LayerChoice) -> bool:
+    """Whether nothing that float32 holds vanishes in the layer's numbers."""
+    kind = choice.bits.rounds
+    return kind is not None and kind.is_wide
 
 
 def _method_notes(layers: Iterable[LayerPlan]) -> list[str]:
@@ -289,11 +404,25 @@ def _method_notes(layers: Iterable[LayerPlan]) -> list[str]:
         (layer.choice.saturation, entry.quantizer.method, entry.quantizer.bits)
         for layer in layers
         for entry in layer.activations
+        if not entry.quantizer.is_float and entry.quantizer.axis is None
+    }
+    floats = {
+        (layer.choice.saturation, entry.quantizer.method, layer.choice.precision)
+        for layer in layers
+        for entry in layer.activations
+        if entry.quantizer.is_float and layer.choice.bits.rounds is None
     }
     return [
-        f"{asked} needs more bins than levels: {used} is used for {bits}-bit layers"
-        for asked, used, bits in sorted(pairs)
-        if asked != used
+        *(
+            f"{asked} needs more bins than levels: {used} is used for {bits}-bit layers"
+            for asked, used, bits in sorted(pairs)
+            if used not in (asked, "dynamic")
+        ),
+        *(
+            f"{asked} is for evenly spaced levels: {used} is used for {name} layers"
+            for asked, used, name in sorted(floats)
+            if asked != used
+        ),
     ]
 
 

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 from qdist.errors import PlanError
 from qdist.model.layers import Layer
@@ -18,7 +19,7 @@ class Rule:
     ``op:TYPE`` for an operator type. ``settings`` are fields of `LayerChoice`."""
 
     match: str
-    settings: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def matches(self, layer: Layer) -> bool:
         """Whether the rule concerns the layer."""

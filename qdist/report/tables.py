@@ -230,9 +230,7 @@ def _about(layer: LayerPlan) -> list[str]:
     lines = [layer.op_type]
     for entry in layer.weights:
         quantizer = entry.quantizer
-        n = len(quantizer.scales)
-        grain = "per tensor" if quantizer.axis is None else f"x {n}"
-        lines.append(f"weights {quantizer.dtype} {grain}, {quantizer.method}")
+        lines.append(f"weights {quantizer.dtype} {quantizer.grain}, {quantizer.method}")
     if layer.why and layer.why != "default":
         lines.append(layer.why)
     return lines

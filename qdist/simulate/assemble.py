@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from onnx import ModelProto, NodeProto
 
@@ -11,8 +13,10 @@ from qdist.errors import ModelError
 from qdist.model import rewrite
 from qdist.model.freeze import FrozenModel
 from qdist.model.opset import IR_VERSION_OF_OPSET, raise_opset
+from qdist.model.views import VIEWS
 from qdist.model.weights import Weights
 from qdist.plan.plan import LayerPlan
+from qdist.plan.quantizer import Quantizer
 from qdist.plan.target import ProjectedPlan
 from qdist.simulate.pairs import IntegerWeight, Pairs
 
@@ -32,25 +36,73 @@ class QuantizedGraph:
 
 
 def assemble(frozen: FrozenModel, projected: ProjectedPlan) -> QuantizedGraph:
-    """The frozen graph with Q/DQ pairs where the plan says so.
+    """The frozen graph with Q/DQ pairs, and roundings, where the plan says so.
 
-    Opset 13 for 8-bit plans, 21 when a layer has 4 or 16 bits. Raises QD206, QD208.
+    Opset 13 for 8-bit plans, 19 for float8, 21 when a layer has 4 or 16 bits, blocks, or scales per
+    token. Raises QD206, QD208.
     """
     plan = projected.plan
     proto = raised(frozen, plan.opset)
     pairs = Pairs(frozen.weights(), rewrite.tensor_names(proto))
     by_name = {layer.name: layer for layer in plan.layers if layer.is_quantized}
+    results = rounded_results(plan.layers)
+    held = Held()
     nodes: list[NodeProto] = []
     placed: set[str] = set()
     for node in proto.graph.node:
         layer = by_name.pop(node.name, None)
         if layer is not None:
-            nodes.extend(pair_nodes(node, layer, pairs, placed))
-        nodes.append(node)
+            nodes.extend(pair_nodes(node, held.without(layer), pairs, placed))
+        after = round_results(node, results, pairs)
+        nodes.extend((node, *after))
+        held.note(node, results)
     if by_name:
         raise _unknown_layers(frozen, list(by_name))
     proto.producer_name = "qdist"
     return finished(frozen, proto, nodes, pairs)
+
+
+def rounded_results(layers: Iterable[LayerPlan]) -> dict[str, Quantizer]:
+    """Tensor -> the floating-point type that it is rounded to where it is made."""
+    return {
+        entry.tensor: entry.quantizer
+        for layer in layers
+        if layer.choice.bits.rounds is not None
+        for entry in layer.outputs
+    }
+
+
+def round_results(
+    node: NodeProto, results: Mapping[str, Quantizer], pairs: Pairs
+) -> list[NodeProto]:
+    """Give what the node makes another name, and its own to what is left after rounding."""
+    after: list[NodeProto] = []
+    for i, name in enumerate(node.output):
+        if name in results:
+            node.output[i] = exact = pairs.free(f"{name}.exact")
+            after += pairs.result(exact, name, results[name])
+    return after
+
+
+class Held:
+    """Which tensors are rounded already, so that no layer does it twice."""
+
+    def __init__(self) -> None:
+        self._keys: dict[str, tuple[Any, ...]] = {}
+
+    def without(self, layer: LayerPlan) -> LayerPlan:
+        """The layer without the activations that need no rounding any more."""
+        left = tuple(e for e in layer.activations if self._keys.get(e.tensor) != e.quantizer.key)
+        return layer if len(left) == len(layer.activations) else replace(layer, activations=left)
+
+    def note(self, node: NodeProto, results: Mapping[str, Quantizer]) -> None:
+        """What the node made: rounded results, and what only moves such values."""
+        moved = self._keys.get(node.input[0]) if node.input and node.op_type in VIEWS else None
+        for name in node.output:
+            if name in results:
+                self._keys[name] = results[name].key
+            elif moved is not None:
+                self._keys[name] = moved
 
 
 def finished(
