@@ -54,6 +54,9 @@ class LayerChoice:
             raise _refused(
                 "activation_granularity", repr(self.activation_granularity), ACTIVATION_FORMS
             )
+        if activation.kind == "token" and not _has_token_scales(bits):
+            got = f"token with {self.precision}"
+            raise _refused("activation_granularity", got, "a precision with signed integers")
         if self.weight_saturation not in WEIGHT_METHODS:
             expected = f"one of {', '.join(WEIGHT_METHODS)}"
             raise _refused("weight_saturation", repr(self.weight_saturation), expected)
@@ -93,6 +96,14 @@ class LayerChoice:
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
         return asdict(self)
+
+
+def _has_token_scales(bits: Precision) -> bool:
+    """Whether a scale per token can be had, or none is needed."""
+    kind = bits.activation_type
+    if kind is None or bits.rounds is not None:
+        return True
+    return isinstance(kind, IntegerType) and kind.signed
 
 
 def _refused(key: str, got: str, expected: str) -> PlanError:

@@ -53,9 +53,9 @@ def assemble(frozen: FrozenModel, projected: ProjectedPlan) -> QuantizedGraph:
         layer = by_name.pop(node.name, None)
         if layer is not None:
             nodes.extend(pair_nodes(node, held.without(layer), pairs, placed))
+        held.note(node, results)
         after = round_results(node, results, pairs)
         nodes.extend((node, *after))
-        held.note(node, results)
     if by_name:
         raise _unknown_layers(frozen, list(by_name))
     proto.producer_name = "qdist"
