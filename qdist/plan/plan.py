@@ -48,6 +48,7 @@ class LayerPlan:
     the layer that it is computed together with, whose choice holds for both. ``outputs``: how the
     results are stored, where statistics tell: those of the last layer that is computed together
     with this one. Floating-point types round there; integer targets requantize there.
+    ``is_depthwise``: a convolution of every channel by itself.
     """
 
     name: str
@@ -59,6 +60,7 @@ class LayerPlan:
     left_float: dict[str, str] = field(default_factory=dict)
     fused_with: str | None = None
     outputs: tuple[QuantizedInput, ...] = ()
+    is_depthwise: bool = False
 
     @property
     def is_quantized(self) -> bool:
@@ -77,6 +79,7 @@ class LayerPlan:
             "left_float": self.left_float,
             "fused_with": self.fused_with,
             "outputs": [entry.to_json() for entry in self.outputs],
+            "is_depthwise": self.is_depthwise,
         }
 
     @classmethod
@@ -92,6 +95,7 @@ class LayerPlan:
             left_float=dict(value["left_float"]),
             fused_with=value["fused_with"],
             outputs=tuple(QuantizedInput.from_json(v) for v in value.get("outputs", ())),
+            is_depthwise=bool(value.get("is_depthwise", False)),
         )
 
 

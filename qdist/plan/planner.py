@@ -14,7 +14,7 @@ import numpy as np
 
 from qdist.errors import ModelError, PlanError, StoreError
 from qdist.model.channels import channel_axes
-from qdist.model.graph import FLOAT_TYPES, Graph
+from qdist.model.graph import FLOAT_TYPES, Graph, attribute
 from qdist.model.layers import VIEWS, Layer, LayerInput, find_layers
 from qdist.model.taps import TapTable
 from qdist.numbers.dtype import DTYPES, DType, FloatType
@@ -187,7 +187,15 @@ class Planner:
             left_float=left,
             fused_with=self.fused.get(layer.name),
             outputs=self._outputs(layer, choice) if activations or weights else (),
+            is_depthwise=self._is_depthwise(layer),
         )
+
+    def _is_depthwise(self, layer: Layer) -> bool:
+        if layer.op_type not in ("Conv", "ConvTranspose") or not layer.weights:
+            return False
+        first, second = self.graph.weights.shape(layer.weights[0].tensor)[:2]
+        groups = attribute(self.graph.nodes[layer.name], "group", 1)
+        return bool(groups > 1 and groups == first and second == 1)
 
     def _last_results(self) -> dict[str, tuple[str, ...]]:
         """Layer -> the results of the last one that is computed together with it."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from qdist.numbers.dtype import DTYPES, DType, FloatType
 from qdist.numbers.grid import LEAST_SCALE
-from qdist.numbers.rounding import round_float
+from qdist.numbers.rounding import round_float, round_integer
 from qdist.threshold.clip import Levels
 
 
@@ -77,7 +77,9 @@ class Quantizer:
     scales where each holds for a block, and ``scales`` is the largest alone. ``token_length``: the
     length of the last axis, where every row of it has a scale that is found while the model runs:
     the largest magnitude there over ``high``; else 0. ``saturates``: what a floating-point type
-    cannot hold becomes its largest value, not infinity. ``cuts``: for each scale of a weight on a
+    cannot hold becomes its largest value, not infinity. ``rounding``: as in
+    `qdist.numbers.rounding`; only weights have another than ``half_even``, which is that of ONNX.
+    ``cuts``: for each scale of a weight on a
     target that multiplies with ``m * 2**-n``, the ``(m, n, first cut)`` of the normalized scale
     (`qdist.numbers.cuts`).
     """
@@ -96,6 +98,7 @@ class Quantizer:
     blocks: BlockScales | None = None
     token_length: int = 0
     saturates: bool = False
+    rounding: str = "half_even"
     cuts: tuple[tuple[int, int, int], ...] = ()
 
     def __post_init__(self) -> None:
@@ -153,8 +156,8 @@ class Quantizer:
     @property
     def key(self) -> tuple[Any, ...]:
         """What decides the numbers: equal keys mean one Q/DQ pair."""
-        levels = (self.dtype, self.low, self.high, self.token_length, self.saturates)
-        return (*levels, self.scales, self.zero_points, self.axis, self.blocks)
+        kind = (self.dtype, self.low, self.high, self.token_length, self.saturates, self.rounding)
+        return (*kind, self.scales, self.zero_points, self.axis, self.blocks)
 
     def _along(self, values: tuple[Any, ...], rank: int, dtype: Any) -> NDArray[Any]:
         array = np.asarray(values, dtype)
@@ -176,15 +179,15 @@ class Quantizer:
         return np.asarray(np.maximum(top, least) / np.float32(self.high), np.float32)
 
     def quantize(self, values: NDArray[Any]) -> NDArray[Any]:
-        """The stored numbers of a float tensor, rounded half to even as ONNX defines it: int32, or
-        float32 on the grid of a floating-point type."""
+        """The stored numbers of a float tensor: int32, or float32 on the grid of a floating-point
+        type. Division and rounding are in float32, as ONNX defines them."""
         x = values.astype(np.float32, copy=False)
         scale = self.token_scales(x) if self.is_dynamic else self._scale(x)
         kind = self.number
         if isinstance(kind, FloatType):
-            return round_float(x / scale, kind, saturate=self.saturates)
+            return round_float(x / scale, kind, saturate=self.saturates, rounding=self.rounding)
         zero = self._along(self.zero_points, x.ndim, np.float32)
-        q = np.rint(x / scale) + zero
+        q = round_integer(x / scale, self.rounding) + zero
         return np.clip(q, self.low, self.high).astype(np.int32)
 
     def dequantize(self, stored: NDArray[Any]) -> NDArray[np.float32]:
@@ -210,6 +213,7 @@ class Quantizer:
             "blocks": None if self.blocks is None else self.blocks.to_json(),
             "token_length": self.token_length,
             "saturates": self.saturates,
+            "rounding": self.rounding if self.rounding != "half_even" else None,
             "cuts": [list(cut) for cut in self.cuts],
         }
         return {
