@@ -139,13 +139,16 @@ def _groups(config: schema.GroupsConfig) -> GroupRequest:
 
 
 def default_choice(config: schema.QuantizationConfig) -> LayerChoice:
-    """What every layer gets unless a rule says otherwise. Raises QD501, QD502, QD506."""
+    """What every layer gets unless a rule says otherwise. Raises QD501, QD502, QD506, QD507."""
     check_method(config.saturation, config.saturation_parameters)
     return LayerChoice(
         precision=config.precision,
         granularity=config.granularity,
         saturation=config.saturation,
         weight_saturation=config.weight_saturation,
+        activation_granularity=config.activation_granularity,
+        weight_range_bits=config.weight_range_bits,
+        activation_range_bits=config.activation_range_bits,
     )
 
 
@@ -175,7 +178,13 @@ def target(config: schema.TargetConfig) -> Target:
         precisions=tuple(config.precisions),
         symmetric_only=config.symmetric_only,
         per_channel=config.per_channel,
+        per_tensor_operators=tuple(config.per_tensor_operators),
+        blocks=config.blocks,
+        block_sizes=tuple(config.block_sizes),
+        tokens=config.tokens,
+        activation_channels=config.activation_channels,
         scale_grid=config.scale_grid,
+        rounding=config.rounding,
     )
 
 

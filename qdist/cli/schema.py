@@ -109,7 +109,10 @@ class RuleConfig(Group):
 
     match: str = Field(min_length=1)
     precision: str | None = None
-    granularity: Literal["tensor", "channel"] | None = None
+    granularity: str | None = None
+    activation_granularity: str | None = None
+    weight_range_bits: int | None = None
+    activation_range_bits: int | None = None
     saturation: str | None = None
     weight_saturation: Literal["auto", "max", "mse"] | None = None
 
@@ -117,9 +120,25 @@ class RuleConfig(Group):
 class QuantizationConfig(Group):
     """What every layer gets unless a rule says otherwise."""
 
-    precision: str = Field("int8", description="int8, w4a8, w8a16, w4a16, int16 or float32")
-    granularity: Literal["tensor", "channel"] = Field(
-        "channel", description="one weight scale per tensor or per output channel"
+    precision: str = Field(
+        "int8",
+        description="int8, uint8, int16, uint16, w4a8, w4a16, w8a16 (weights, activations), "
+        "w4, w8 (weights alone), bf16, fp16, tf32, fp8_e4m3, fp8_e5m2 or float32",
+    )
+    granularity: str = Field(
+        "channel",
+        description="what shares a weight scale: tensor, channel, group=N (groups of channels), "
+        "block=N (values of a matrix column)",
+    )
+    activation_granularity: str = Field(
+        "tensor",
+        description="what shares an activation scale: tensor, channel, token (found at run time)",
+    )
+    weight_range_bits: int | None = Field(
+        None, description="use so many of a weight's bits (Icraft's value_range)"
+    )
+    activation_range_bits: int | None = Field(
+        None, description="use so many of an activation's bits"
     )
     saturation: str = Field("mse", description="range of activations: max, percentile, mse, kl")
     saturation_parameters: dict[str, Any] = Field(
@@ -147,7 +166,19 @@ class TargetConfig(Group):
     precisions: list[str] = Field(description="precisions it supports")
     symmetric_only: bool = Field(False, description="refuse zero points other than 0")
     per_channel: bool = Field(True, description="allow a weight scale per output channel")
-    scale_grid: Literal["float", "power_of_two"] = Field("float", description="allowed scales")
+    per_tensor_operators: list[str] = Field(
+        [], description="operators whose weights have one scale nevertheless"
+    )
+    blocks: bool = Field(True, description="allow a weight scale for every N values")
+    block_sizes: list[int] = Field([], description="these N; empty: any")
+    tokens: bool = Field(True, description="allow an activation scale per token")
+    activation_channels: bool = Field(True, description="allow an activation scale per channel")
+    scale_grid: Literal["float", "power_of_two", "m*2^-n"] = Field(
+        "float", description="allowed scales; m*2^-n: Icraft's cuts"
+    )
+    rounding: Literal["half_even", "half_away"] = Field(
+        "half_even", description="of weights that lie midway"
+    )
 
 
 class SearchConfig(Group):
