@@ -32,12 +32,12 @@ def parse_granularity(text: str) -> Granularity | None:
     return Granularity(kind=found[1], size=int(found[2])) if found else None
 
 
-_MULTIPLIES_MATRICES = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm")
+MATRIX_PRODUCTS = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm")
 
 
 def summed_axis(op_type: str, channel_axis: int | None, rank: int) -> int | None:
     """The axis of a weight that the layer sums over, along which blocks lie: the other one of the
     last two of a matrix. None for other operators, whose weights have a scale per channel then."""
-    if op_type not in _MULTIPLIES_MATRICES or channel_axis is None or rank < 2:
+    if op_type not in MATRIX_PRODUCTS or channel_axis is None or rank < 2:
         return None
     return rank - 2 if channel_axis == rank - 1 else rank - 1

@@ -17,11 +17,11 @@ from qdist.model.channels import channel_axes
 from qdist.model.graph import FLOAT_TYPES, Graph, attribute
 from qdist.model.layers import VIEWS, Layer, LayerInput, find_layers
 from qdist.model.taps import TapTable
-from qdist.numbers.dtype import DTYPES, DType, FloatType
+from qdist.numbers.dtype import DTYPES, DType, FloatType, IntegerType
 from qdist.plan import ranges
 from qdist.plan.choice import LayerChoice
 from qdist.plan.fusion import find_fusions
-from qdist.plan.granularity import summed_axis
+from qdist.plan.granularity import MATRIX_PRODUCTS, summed_axis
 from qdist.plan.plan import LayerPlan, QuantizationPlan, QuantizedInput
 from qdist.plan.precision import activation_levels, precision, weight_levels
 from qdist.plan.quantizer import Quantizer, rounding_to
@@ -171,7 +171,7 @@ class Planner:
             elif is_weight:
                 found = self._weight(layer, entry, choice)
             else:
-                found = self._activation(entry.tensor, choice)
+                found = self._activation(entry.tensor, _for_input(layer, entry, choice))
             if isinstance(found, str):
                 left[entry.tensor] = found
             else:
@@ -272,23 +272,31 @@ class Planner:
         if isinstance(kind, FloatType):
             threshold = self._threshold(row, 8, None, _NARROW_FLOAT.get(choice.saturation, "max"))
             return threshold if isinstance(threshold, str) else ranges.scaled_float(kind, threshold)
+        each = self._finer(tensor, row, kind, choice)
+        if each is not None:
+            return each if isinstance(each, str) else ranges.stored_as(each, kind)
+        range_bits = choice.activation_range_bits
+        whole = self._find_activation(row, kind.bits, choice.saturation, range_bits)
+        return whole if isinstance(whole, str) else ranges.stored_as(whole, kind)
+
+    def _finer(
+        self, tensor: str, row: str, kind: IntegerType, choice: LayerChoice
+    ) -> Quantizer | str | None:
+        """The activation with a scale per token or channel; None where it has one scale."""
         grain, range_bits = choice.activation_granularity, choice.activation_range_bits
         if grain == "tensor":
-            whole = self._find_activation(row, kind.bits, choice.saturation, range_bits)
-            return whole if isinstance(whole, str) else ranges.stored_as(whole, kind)
+            return None
         values = self._body(row)
         if isinstance(values, str):
             return values
         if grain == "token":
             return ranges.per_token(kind, range_bits, self.graph.type_of(tensor), values)
-        if tensor != row:
-            return "its channels were measured along the axes of another tensor"
         axis = channel_axes(self.graph, self.taps).get(tensor)
-        levels = activation_levels(
-            kind.bits, symmetric=self.settings.symmetric, range_bits=range_bits
-        )
-        each = ranges.per_channel(kind.bits, levels, self._record.channels(row), axis)
-        return each if isinstance(each, str) else ranges.stored_as(each, kind)
+        # A view of what was measured has its channels along other axes, if any.
+        channels = self._record.channels(row) if tensor == row else None
+        symmetric = self.settings.symmetric
+        levels = activation_levels(kind.bits, symmetric=symmetric, range_bits=range_bits)
+        return ranges.per_channel(kind.bits, levels, channels, axis)
 
     def _find_activation(
         self, row: str, bits: int, method: str, range_bits: int | None = None
@@ -400,6 +408,14 @@ def _rounds_anyway(reason: str | None, name: str | None) -> bool:
     return reason is not None and rounds and reason.endswith(NO_INTEGER_FORM)
 
 
+def _for_input(layer: Layer, entry: LayerInput, choice: LayerChoice) -> LayerChoice:
+    """The choice for one activation: rows of the second factor of a matrix product are not what is
+    summed over, so no integer unit could have a scale for each."""
+    is_second = layer.op_type in MATRIX_PRODUCTS and entry.index == 1
+    is_token = choice.activation_granularity == "token"
+    return replace(choice, **_PER_TENSOR) if is_second and is_token else choice
+
+
 def _is_wide(choice: LayerChoice) -> bool:
     """Whether nothing that float32 holds vanishes in the layer's numbers."""
     kind = choice.bits.rounds
@@ -420,7 +436,15 @@ def _method_notes(layers: Iterable[LayerPlan]) -> list[str]:
         for entry in layer.activations
         if entry.quantizer.is_float and layer.choice.bits.rounds is None
     }
+    single = [
+        layer.name
+        for layer in layers
+        if layer.choice.activation_granularity != "tensor" and layer.choice.bits.rounds is None
+        for entry in layer.activations
+        if entry.quantizer.axis is None and not entry.quantizer.is_dynamic
+    ]
     return [
+        *_single_notes(single),
         *(
             f"{asked} needs more bins than levels: {used} is used for {bits}-bit layers"
             for asked, used, bits in sorted(pairs)
@@ -431,6 +455,17 @@ def _method_notes(layers: Iterable[LayerPlan]) -> list[str]:
             for asked, used, name in sorted(floats)
             if asked != used
         ),
+    ]
+
+
+def _single_notes(names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    shown = ", ".join(list(dict.fromkeys(names))[:3])
+    return [
+        f"{len(names)} activations have one scale all the same, since channels were not measured "
+        f"along their axes, or rows are not what is summed over: {shown}"
+        + (", ..." if len(set(names)) > 3 else "")
     ]
 
 

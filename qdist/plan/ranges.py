@@ -1,7 +1,4 @@
-"""Quantizers of activations that are no plain per-tensor integers.
-
-Each function gives a quantizer, or the reason why there is none.
-"""
+"""Quantizers of activations that are no plain per-tensor integers."""
 
 from __future__ import annotations
 
@@ -45,14 +42,13 @@ def scaled_float(kind: FloatType, threshold: Threshold) -> Quantizer:
 
 def per_token(
     kind: IntegerType, range_bits: int | None, found: TensorType | None, values: Density
-) -> Quantizer | str:
-    """A scale for every row of the last axis, found while the model runs; symmetric."""
-    if not kind.signed:
-        return "a scale per token needs signed integers"
+) -> Quantizer | None:
+    """A scale for every row of the last axis, found while the model runs; symmetric. None where the
+    length of that axis is not known."""
     shape = None if found is None else found.shape
     length = shape[-1] if shape else None
     if not isinstance(length, int) or length < 1:
-        return "its last dimension is not known, as a scale per token needs"
+        return None
     low, high = kind.range(range_bits, balanced=True)
     widest = max(-values.minimum, values.maximum, 0.0)
     return Quantizer(
@@ -71,10 +67,10 @@ def per_token(
 
 def per_channel(
     bits: int, levels: Levels, channels: Channels | None, axis: int | None
-) -> Quantizer | str:
-    """A scale for every channel, from its exact extrema."""
+) -> Quantizer | None:
+    """A scale for every channel, from its exact extrema; None where these are not known."""
     if channels is None or axis is None:
-        return "its channels were not measured, or their number varies"
+        return None
     pairs = [
         scale_and_zero(min(float(low), 0.0), max(float(high), 0.0), levels)
         # A channel that never held a finite value has infinite extrema the wrong way round.

@@ -25,6 +25,14 @@ _INTEGERS = {"int4": TensorProto.INT4, "int8": TensorProto.INT8, "int16": Tensor
 _FLOAT, _DOUBLE, _INT32 = TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.INT32
 
 
+_WIDEN = "Widen"
+
+
+def is_rounding(node: NodeProto) -> bool:
+    """Whether this is the last node of a `rounding`."""
+    return node.op_type == "Cast" and node.name.endswith(f".{_WIDEN}")
+
+
 class Chain:
     """Nodes one after the other, from the tensor ``source`` on, named after ``stem``."""
 
@@ -122,7 +130,7 @@ def rounding(
         chain.then("Clip", constant(-kind.largest), constant(kind.largest))
     if kind.name in _CASTS:
         chain.then("Cast", name="Narrow", target=f"{stem}.q", to=_CASTS[kind.name])
-        return chain.then("Cast", name="Widen", target=target, to=_FLOAT).nodes
+        return chain.then("Cast", name=_WIDEN, target=target, to=_FLOAT).nodes
     return _tf32(chain, kind, stem, target, constant)
 
 
@@ -152,6 +160,6 @@ def _tf32(
     return (
         chain.then("Add", shift.last)
         .then("Sub", shift.last)
-        .then("Cast", name="Widen", target=target, to=_FLOAT)
+        .then("Cast", name=_WIDEN, target=target, to=_FLOAT)
         .nodes
     )

@@ -176,23 +176,32 @@ class Pairs:
         """Name of the dequantized tensor of a stored weight."""
         key = (tensor, quantizer.key)
         if key not in self._made:
-            stem = self._stem(tensor, quantizer)
-            name = f"{stem}.int" if not quantizer.is_float else f"{stem}.rounded"
-            self.initializers.append(
-                TensorProto(
-                    name=name,
-                    data_type=ONNX_TYPES[quantizer.dtype],
-                    dims=self.weights.shape(tensor),
-                )
-            )
-            self.integer_weights.append(
-                IntegerWeight(name=name, source=tensor, quantizer=quantizer)
-            )
+            name, stem = self._stored(tensor, quantizer)
             # tf32 has no type of its own in a file: what is stored is float32 already.
             target = name if quantizer.dtype == "tf32" else f"{stem}.dq"
             self.nodes[target] = self._restored(name, target, stem, quantizer)
             self._made[key] = target
         return self._made[key]
+
+    def stored(self, tensor: str, quantizer: Quantizer) -> str:
+        """Name of the stored numbers themselves; asking twice gives the same."""
+        key = ("stored", tensor, quantizer.key)
+        if key not in self._made:
+            self._made[key] = self._stored(tensor, quantizer)[0]
+        return self._made[key]
+
+    def _stored(self, tensor: str, quantizer: Quantizer) -> tuple[str, str]:
+        stem = self._stem(tensor, quantizer)
+        name = f"{stem}.int" if not quantizer.is_float else f"{stem}.rounded"
+        self.initializers.append(
+            TensorProto(
+                name=name,
+                data_type=ONNX_TYPES[quantizer.dtype],
+                dims=self.weights.shape(tensor),
+            )
+        )
+        self.integer_weights.append(IntegerWeight(name=name, source=tensor, quantizer=quantizer))
+        return name, stem
 
     def _restored(self, name: str, target: str, stem: str, quantizer: Quantizer) -> list[NodeProto]:
         if quantizer.dtype == "tf32":

@@ -494,7 +494,11 @@ def test_channels_have_the_range_that_was_seen(
     quantizer = found["first"].activations[0].quantizer
     top = np.abs([s["x"] for s in source.samples]).max(axis=0)
     np.testing.assert_allclose(np.array(quantizer.scales) * 127, top, rtol=1e-6)
-    assert "axes of another tensor" in found["second"].left_float["v"]
+    # A view's channels lie elsewhere.
+    assert found["second"].activations[0].quantizer.axis is None
+    plan = plan_of(planner, activation_granularity="channel").plan
+    assert any("1 activations have one scale all the same" in note for note in plan.notes)
+    assert any("second" in note for note in plan.notes)
 
 
 @pytest.mark.parametrize(

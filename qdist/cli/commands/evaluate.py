@@ -17,6 +17,7 @@ from qdist.evaluate.builtin import DatasetEvaluation
 from qdist.evaluate.report import EvalReport
 from qdist.files import write_json
 from qdist.model.loading import load_model, read_graph
+from qdist.simulate.nodes import is_rounding
 
 
 def run(context: Context[EvaluateSettings]) -> None:
@@ -75,4 +76,5 @@ def _table(name: str, before: EvalReport, after: EvalReport) -> Table:
 
 def _is_quantized(path: Path) -> bool:
     nodes = read_graph(path).graph.node
-    return any(node.op_type in ("DequantizeLinear", "QLinearConv", "QGemm") for node in nodes)
+    known = ("DequantizeLinear", "QLinearConv", "QGemm")
+    return any(node.op_type in known or is_rounding(node) for node in nodes)
