@@ -250,6 +250,9 @@ class CompareConfig(Group):
         0, description="files for other tools: 1 float outputs, 2 quantized too, 3 every layer"
     )
     dump_samples: int = Field(4, ge=1, description="samples to dump")
+    target_exact: bool = Field(
+        False, description="compare the artifact with the chip's whole numbers too (modes.json)"
+    )
 
 
 class ClusterConfig(Group):
@@ -367,6 +370,9 @@ class EmitSettings(CommandSettings):
     target: TargetConfig
     plan: str = Field(min_length=1, description="the plan to write")
     artifact: str = Field(min_length=1, description="where to write it")
+    mode: Literal["artifact-exact", "target-exact"] = Field(
+        "artifact-exact", description="the model that ships, or a simulation of the chip's integers"
+    )
 
 
 COMMANDS: dict[str, type[CommandSettings]] = {

@@ -69,6 +69,14 @@ class ModesReport:
     layers: tuple[LayerDisagreement, ...]
     outputs: dict[str, Deviation]
 
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {
+            "reading": self.reading,
+            "layers": [layer.to_json() for layer in self.layers],
+            "outputs": {name: entry.to_json() for name, entry in self.outputs.items()},
+        }
+
     @property
     def n_integer(self) -> int:
         """How many layers are computed in whole numbers."""

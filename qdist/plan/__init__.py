@@ -1,9 +1,11 @@
 """Deciding how each layer is quantized, and with which numbers.
 
 ``precision``  the named precisions a layer can have.
+``granularity``  what shares a scale.
 ``choice``     what is chosen for one layer.
 ``rules``      choices by name, pattern or operator type.
-``weight_range``  symmetric ranges of weights, per tensor or channel.
+``weight_range``  symmetric ranges of weights, per tensor, channel, group or block.
+``ranges``     quantizers of activations that are no plain integers per tensor.
 ``quantizer``  the numbers of one quantized tensor.
 ``plan``       the whole decision for a model, as versioned JSON.
 ``fusion``     layers that a chip computes together with the one before.

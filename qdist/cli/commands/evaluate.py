@@ -12,6 +12,7 @@ from qdist.cli.commands import steps
 from qdist.cli.commands.scoring import make_scorer, note_overlap
 from qdist.cli.context import Context
 from qdist.cli.schema import EvaluateSettings
+from qdist.emit.qdq import MODE_KEY, MODES
 from qdist.errors import ArtifactError
 from qdist.evaluate.builtin import DatasetEvaluation
 from qdist.evaluate.report import EvalReport
@@ -56,7 +57,7 @@ def run(context: Context[EvaluateSettings]) -> None:
         tracked.log_params({"metric": after.metric})
         tracked.log_metrics({"score": after.score, "float_score": before.score, **after.metrics})
     context.console.print(_table(settings.model.name, before, after))
-    context.say(f"artifact-exact, run as it is written: {artifact}")
+    context.say(f"{_mode(artifact)}, run as it is written: {artifact}")
 
 
 def _table(name: str, before: EvalReport, after: EvalReport) -> Table:
@@ -72,6 +73,12 @@ def _table(name: str, before: EvalReport, after: EvalReport) -> Table:
         table.add_row("samples", str(before.n_samples), str(after.n_samples))
     table.add_row("seconds", f"{before.seconds:.2f}", f"{after.seconds:.2f}")
     return table
+
+
+def _mode(path: Path) -> str:
+    """Which of the two modes a model computes."""
+    found = {entry.key: entry.value for entry in read_graph(path).metadata_props}
+    return found.get(MODE_KEY, MODES[0])
 
 
 def _is_quantized(path: Path) -> bool:

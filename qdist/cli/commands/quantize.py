@@ -78,5 +78,6 @@ def run(context: Context[QuantizeSettings]) -> None:
             *steps.random_notes(store),
             *projected.plan.notes,
             *steps.plan_notes(projected.plan),
+            *steps.deployment(projected.plan, context.execution),
         ]
     )

@@ -21,11 +21,13 @@ from qdist.cli.selecting import selected
 from qdist.data.manifest import SampleManifest
 from qdist.data.random_source import RANDOM_WARNING
 from qdist.data.source import DataSource
+from qdist.emit.deployment import deployment_notes
 from qdist.errors import ModelError, StoreError
 from qdist.files import write_json
 from qdist.model.difference import frozen_difference, opset_difference
 from qdist.model.freeze import FrozenModel
 from qdist.model.graph import Graph
+from qdist.model.session import Execution, fingerprint
 from qdist.model.taps import find_taps
 from qdist.plan.choice import LayerChoice
 from qdist.plan.plan import QuantizationPlan
@@ -299,6 +301,12 @@ def plan_notes(plan: QuantizationPlan) -> list[str]:
         f"({reason}): {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
         for reason, names in reasons.items()
     ]
+
+
+def deployment(plan: QuantizationPlan, execution: Execution) -> list[str]:
+    """Where ONNX Runtime's defaults on this processor would not compute what is scored."""
+    found = fingerprint(execution)
+    return deployment_notes(plan, str(found["machine"]), list(found["cpu_flags"]))
 
 
 def facts_table(title: str, facts: Iterable[tuple[str, str]]) -> Table:
