@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def test_a_target_exact_model_says_so_and_is_close(
         ("second", "product"),
     ]
     assert report.n_integer == 2
-    console = Console(width=100, record=True, quiet=True)
+    console = Console(width=100, record=True, file=StringIO())
     console.print(modes_table(report, 2))
     shown = console.export_text()
     assert "2 of 3 layers in whole numbers" in shown
