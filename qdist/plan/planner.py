@@ -11,11 +11,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from onnx import TensorProto
 
 from qdist.errors import ModelError, PlanError, StoreError
 from qdist.model.channels import channel_axes
 from qdist.model.graph import FLOAT_TYPES, Graph, attribute
 from qdist.model.layers import VIEWS, Layer, LayerInput, find_layers
+from qdist.model.precision import HALF
 from qdist.model.taps import TapTable
 from qdist.numbers.dtype import DTYPES, DType, FloatType, IntegerType
 from qdist.plan import ranges
@@ -233,7 +235,7 @@ class Planner:
         types = {self.graph.type_of(name) for name in inputs}
         names = sorted({FLOAT_TYPES.get(t.element, "?") for t in types if t is not None})
         reasons = dict.fromkeys(r for layer in layers for r in layer.left_float.values())
-        is_other = bool(names) and "float32" not in names
+        is_other = bool(names) and not {"float32", "float16", "bfloat16"} & set(names)
         raise ModelError(
             "QD209",
             where=str(self.graph.model.source),
@@ -263,9 +265,11 @@ class Planner:
         self, tensor: str, row: str, kind: DType, choice: LayerChoice
     ) -> Quantizer | str:
         """The activation in the number type and granularity that were chosen."""
-        found = self.graph.type_of(row)
-        if found is not None and found.element != 1:
+        element = self._element(row)
+        if element not in _ELEMENTS:
             return "not a float32 tensor"
+        if choice.bits.rounds is not None and element in HALF:
+            return f"{FLOAT_TYPES[element]} already"
         if choice.bits.rounds is not None:
             known = self._record.histogram(row).finite if row in self._record else None
             return ranges.rounded(choice.bits.rounds, known)
@@ -278,6 +282,11 @@ class Planner:
         range_bits = choice.activation_range_bits
         whole = self._find_activation(row, kind.bits, choice.saturation, range_bits)
         return whole if isinstance(whole, str) else ranges.stored_as(whole, kind)
+
+    def _element(self, tensor: str) -> int:
+        """The ONNX element type; float32 where nothing tells."""
+        found = self.graph.type_of(tensor)
+        return TensorProto.FLOAT if found is None else found.element
 
     def _finer(
         self, tensor: str, row: str, kind: IntegerType, choice: LayerChoice
@@ -373,13 +382,17 @@ class Planner:
     def _find_weight(
         self, tensor: str, kind: DType, axis: int | None, along: int | None, choice: LayerChoice
     ) -> Quantizer | str:
-        found = self.graph.type_of(tensor)
-        if found is not None and found.element != 1:
+        element = self._element(tensor)
+        if element not in _ELEMENTS:
             return "not a float32 tensor"
         values = self.graph.weights.read(tensor)
         if values.size == 0:
             return "holds no values"
+        if element in HALF:
+            values = values.astype(np.float32)
         if isinstance(kind, FloatType) and kind.bits > 8:
+            if element in HALF:
+                return f"{FLOAT_TYPES[element]} already"
             return rounding_to(kind, saturates=True)
         if values.size == 1:
             return "a single number"
@@ -397,6 +410,8 @@ class Planner:
         return weight_quantizer(values, levels, bits, axis, method)
 
 
+_ELEMENTS = HALF | {TensorProto.FLOAT}
+"""Element types of the tensors that are quantized."""
 _PER_TENSOR: dict[str, Any] = {"activation_granularity": "tensor"}
 _NARROW_FLOAT = {"percentile": "percentile"}
 """Threshold methods that say something of a floating-point type; the others compare even steps."""

@@ -35,8 +35,8 @@ from qdist.simulate.assemble import (
     finished,
     pair_nodes,
     raised,
+    results_of,
     round_results,
-    rounded_results,
 )
 from qdist.simulate.pairs import Pairs
 from qdist.simulate.wires import FLOAT, Wires
@@ -74,6 +74,12 @@ class _Builder:
         self._proto = raised(frozen, max(projected.plan.opset, 13))
         self._pairs = Pairs(frozen.weights(), rewrite.tensor_names(self._proto))
         self._biases = self._fused_biases()
+        self._apart = {
+            layer.fused_with
+            for layer in self._layers.values()
+            if layer.fused_with not in (None, *self._biases) and layer.op_type == "Add"
+        }
+        """Layers whose bias is added after a rounding of the model's own."""
         self._schemes: dict[str, str] = {}
         self._in_float: dict[str, str] = {}
 
@@ -85,13 +91,7 @@ class _Builder:
         """All nodes, one layer after the other."""
         nodes: list[NodeProto] = []
         placed: set[str] = set()
-        results = rounded_results(self._layers.values())
-        stored = {
-            entry.tensor: entry.quantizer
-            for layer in self._layers.values()
-            for entry in layer.outputs
-            if not entry.quantizer.is_float or entry.quantizer.bits == 8
-        }
+        results = results_of(self._layers.values())
         merged = {bias.name for bias in self._biases.values()}
         for node in self._proto.graph.node:
             if node.name in merged:
@@ -105,7 +105,7 @@ class _Builder:
                 nodes.extend(pair_nodes(node, layer, self._pairs, placed))
             bias = self._biases.get(node.name)
             for part in (node,) if bias is None else (node, bias):
-                after = round_results(part, {**stored, **results}, self._pairs)
+                after = round_results(part, results.get(part.name, {}), self._pairs)
                 nodes.extend((part, *after))
         self._proto.producer_name = "qdist"
         return IntegerGraph(
@@ -116,12 +116,14 @@ class _Builder:
         )
 
     def _fused_biases(self) -> dict[str, NodeProto]:
-        """Layer -> the Add of a constant that is computed together with it."""
+        """Layer -> the Add of a constant that is computed together with it, right behind it."""
         found = {}
+        made = {node.name: node.output[0] for node in self._proto.graph.node}
         for node in self._proto.graph.node:
             layer = self._layers.get(node.name)
-            if layer is not None and layer.fused_with is not None and node.op_type == "Add":
-                found[layer.fused_with] = node
+            host = None if layer is None else layer.fused_with
+            if host is not None and node.op_type == "Add" and made[host] in node.input:
+                found[host] = node
         return found
 
     def _in_integers(self, node: NodeProto, layer: LayerPlan) -> list[NodeProto] | None:
@@ -181,6 +183,9 @@ class _Builder:
         else:
             total = _matrix_product(node, wires, first, second)
         output = layer.outputs[0].quantizer if layer.outputs else None
+        if layer.name in self._apart:
+            # The accumulators stay wide; the last node of the chain stores its result.
+            output = None
         if self._is_cut and output is not None:
             self._schemes[layer.name] = "cuts"
             self._cut(node, layer, wires, (total, target), scales, output)
@@ -202,7 +207,8 @@ class _Builder:
         rounding = self._target.rounding
         found: dict[int, str] = {}
         for entry in layer.activations:
-            found[entry.index] = wires.integers(entry.tensor, entry.quantizer, rounding)
+            source = node.input[entry.index]
+            found[entry.index] = wires.integers(source, entry.quantizer, rounding)
         for entry in layer.weights:
             name = wires.weight(entry.tensor, entry.quantizer)
             is_kernel = node.op_type in ("Conv", "ConvTranspose")

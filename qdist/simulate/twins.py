@@ -13,9 +13,15 @@ from onnx import NodeProto
 from qdist.model import rewrite
 from qdist.model.freeze import FrozenModel
 from qdist.plan.plan import LayerPlan
-from qdist.plan.quantizer import Quantizer
 from qdist.plan.target import ProjectedPlan
-from qdist.simulate.assemble import QuantizedGraph, finished, pair_nodes, raised, round_results
+from qdist.simulate.assemble import (
+    QuantizedGraph,
+    Results,
+    finished,
+    pair_nodes,
+    raised,
+    round_results,
+)
 from qdist.simulate.pairs import Pairs
 
 SUFFIX = ".twin"
@@ -56,11 +62,11 @@ def twin_graph(frozen: FrozenModel, projected: ProjectedPlan) -> TwinGraph:
     return TwinGraph(graph=finished(frozen, proto, nodes, pairs), outputs=outputs)
 
 
-def _own_results(node: NodeProto, layer: LayerPlan) -> dict[str, Quantizer]:
+def _own_results(node: NodeProto, layer: LayerPlan) -> Results:
     """How the twin's results are rounded: as those of the last layer that is computed together with
     it, since rounding changes nothing about ReLU and Clip."""
     kinds = [entry.quantizer for entry in layer.outputs if layer.choice.bits.rounds is not None]
-    return {name + SUFFIX: kinds[0] for name in node.output if name and kinds}
+    return {i: kinds[0] for i, name in enumerate(node.output) if name and kinds}
 
 
 def _twin(node: NodeProto) -> NodeProto:
