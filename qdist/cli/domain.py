@@ -185,6 +185,7 @@ def target(config: schema.TargetConfig) -> Target:
         activation_channels=config.activation_channels,
         scale_grid=config.scale_grid,
         rounding=config.rounding,
+        table_bits=config.table_bits,
     )
 
 

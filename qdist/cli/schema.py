@@ -179,6 +179,12 @@ class TargetConfig(Group):
     rounding: Literal["half_even", "half_away"] = Field(
         "half_even", description="of weights that lie midway"
     )
+    table_bits: int | None = Field(
+        None,
+        ge=8,
+        le=12,
+        description="functions of 16-bit tensors are tables of 2^N entries (target-exact mode)",
+    )
 
 
 class SearchConfig(Group):

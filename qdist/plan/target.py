@@ -38,7 +38,8 @@ class Target:
     ``scale_grid``: ``float`` (float32), ``power_of_two`` (rounded up, so that nothing more is
     clipped) or ``m*2^-n``: Icraft's, where the weight's scale over those of input and output is
     split into the cuts of `qdist.numbers.cuts`. ``rounding``: of weights, ``half_even`` or
-    ``half_away``.
+    ``half_away``. ``table_bits``: functions of 16-bit tensors are tables of ``2**table_bits``
+    intervals (target-exact mode alone); None: no tables.
     """
 
     name: str
@@ -52,12 +53,15 @@ class Target:
     activation_channels: bool = True
     scale_grid: str = "float"
     rounding: str = "half_even"
+    table_bits: int | None = None
 
     def __post_init__(self) -> None:
         if self.scale_grid not in SCALE_GRIDS:
             raise ValueError(f"scale_grid must be one of {SCALE_GRIDS}, got {self.scale_grid!r}")
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"rounding must be one of {ROUNDINGS}, got {self.rounding!r}")
+        if self.table_bits is not None and not 4 <= self.table_bits <= 16:
+            raise ValueError(f"table_bits must be within 4..16, got {self.table_bits}")
 
     def project(self, plan: QuantizationPlan) -> ProjectedPlan:
         """The plan with every number as the target stores it. Projecting twice changes nothing.

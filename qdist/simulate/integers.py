@@ -2,9 +2,10 @@
 
 Layers of an operator that has a scheme here, with integer inputs that have one scale each, are
 computed from integers to integers: accumulators that never overflow, bias in accumulators,
-requantization to the numbers of the output. Other layers compute in float32, as on the table or in
-the float unit of a chip, and store their result in the numbers of their output. What has no known
-output stays wide.
+requantization to the numbers of the output. Functions of one 16-bit tensor are looked up where the
+target has tables (`qdist.simulate.tables`). Other layers compute in float32 and store their result
+in the numbers of their output, which for a function of 8 bits is what a full table holds. What has
+no known output stays wide.
 
 Two schemes. On a target with ``m * 2**-n`` scales it is Icraft's (seed of the vendor, section
 "operators"): two cuts, bias in twice the bits, halves away from zero; where that document says
@@ -39,6 +40,7 @@ from qdist.simulate.assemble import (
     round_results,
 )
 from qdist.simulate.pairs import Pairs
+from qdist.simulate.tables import FUNCTIONS, looked_up, table_of
 from qdist.simulate.wires import FLOAT, Wires
 
 OUR_READING = "our reading: no document specifies this target's requantization"
@@ -135,7 +137,9 @@ class _Builder:
         wires = Wires(self._pairs, f"{layer.name}.integer")
         bias = self._biases.get(layer.name)
         target = bias.output[0] if bias is not None else node.output[0]
-        if node.op_type in _SUMS:
+        if node.op_type in FUNCTIONS:
+            self._function(node, layer, wires, target)
+        elif node.op_type in _SUMS:
             self._sum(node, layer, wires, target)
         else:
             self._product(node, layer, wires, target)
@@ -144,7 +148,7 @@ class _Builder:
     def _obstacle(self, node: NodeProto, layer: LayerPlan) -> str | None:
         """Why the layer is not computed in whole numbers."""
         if node.op_type not in (*_PRODUCTS, *_SUMS):
-            return f"{node.op_type} is a function, or moves values"
+            return self._no_table(node, layer)
         entries = {e.index: e.quantizer for e in (*layer.activations, *layer.weights)}
         if set(entries) != {0, 1}:
             return "an input stays float"
@@ -160,6 +164,21 @@ class _Builder:
             return None if layer.outputs else "its output was not measured"
         if not all(name in self._pairs.weights for name in self._bias_names(node)):
             return "its bias is computed"
+        return None
+
+    def _no_table(self, node: NodeProto, layer: LayerPlan) -> str | None:
+        """Why the layer is not looked up in a table."""
+        known = node.op_type in FUNCTIONS and node.domain in ("", "ai.onnx")
+        if not known or self._target.table_bits is None:
+            return f"{node.op_type} is a function, or moves values"
+        if not layer.activations or not layer.outputs:
+            return "its input or output stays float"
+        source = layer.activations[0].quantizer
+        if source.is_float or source.is_dynamic or source.axis is not None:
+            return "an activation has several scales, or floating-point numbers"
+        if source.bits <= 8:
+            # Its float result, stored, is what a table of all its levels holds.
+            return "its table would hold every level"
         return None
 
     def _bias_names(self, node: NodeProto) -> list[str]:
@@ -279,6 +298,15 @@ class _Builder:
             total = wires.add("Add", total, wires.constant(bias))
         stored = wires.requantized(total, second, output, "half_away")
         wires.stored(stored, output, target)
+
+    def _function(self, node: NodeProto, layer: LayerPlan, wires: Wires, target: str) -> None:
+        self._schemes[layer.name] = "table"
+        (entry,), (result,) = layer.activations, layer.outputs
+        bits = self._target.table_bits or 0
+        source, numbers = entry.quantizer, result.quantizer
+        table = table_of(node, source, numbers, bits, rewrite.opset_of(self._proto))
+        whole = wires.integers(node.input[0], source, self._target.rounding)
+        wires.stored(looked_up(wires, whole, table, source, bits), numbers, target)
 
     # --- sums -----------------------------------------------------------------------------------
 

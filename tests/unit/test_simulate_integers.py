@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from qdist.simulate.reference import (
     shifted,
     sum_of,
 )
+from qdist.simulate.tables import interpolated, table_of
 from qdist.simulate.wires import Wires
 from tests.onnx_models import (
     ANY_TARGET,
@@ -382,6 +384,51 @@ def test_products_of_activations_have_both_cuts(tmp_path: Path) -> None:
     stored = cut_product(total, None, (cut.m, cut.n, cuts.shift), (result.low, result.high))
     found = computed(frozen, plan, tmp_path, {"x": x, "z": z})
     assert np.array_equal(found, result.dequantize(stored.astype(np.int32)))
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12])
+@pytest.mark.parametrize("op_type", ["Sigmoid", "Tanh", "Erf", "Softplus"])
+def test_functions_of_sixteen_bits_are_tables(op_type: str, bits: int, tmp_path: Path) -> None:
+    proto = model(
+        [node(op_type, ["x"], ["y"], "layer")], [value("x", ["n", 50])], [value("y", ["n", 50])]
+    )
+    target = replace(ANY_TARGET, table_bits=bits)
+    frozen, plan = planned(proto, {"x": (50,)}, tmp_path, target, precision="int16")
+    layer = of(plan, "layer")
+    source, result = layer.activations[0].quantizer, layer.outputs[0].quantizer
+    x = normal(60, 50, seed=9) * 1.5
+    table = table_of(proto.graph.node[0], source, result, bits, 21)
+    assert table.shape == (2**bits + 1,)
+    stored = interpolated(whole(plan, "layer", 0, x), table, source, bits)
+    expected = result.dequantize((stored + result.zero_points[0]).astype(np.int32))
+    found = computed(frozen, plan, tmp_path, {"x": x})
+    assert np.array_equal(found, expected)
+    assert integer_graph(frozen, plan).schemes == {"layer": "table"}
+    # The error of linear interpolation: an eighth of the second derivative times the square step.
+    (exact,) = run(scoring_session(frozen.source, EXECUTION), None, {"x": source.applied(x)})
+    step = source.scales[0] * 2 ** (16 - bits)
+    assert np.abs(found - result.applied(exact)).max() <= step**2 / 8 + 3 * result.scales[0]
+
+
+def test_tables_are_for_sixteen_bits_only(tmp_path: Path) -> None:
+    proto = model(
+        [node("Sigmoid", ["x"], ["y"], "layer")], [value("x", ["n", 50])], [value("y", ["n", 50])]
+    )
+    target = replace(ANY_TARGET, table_bits=10)
+    frozen, plan = planned(proto, {"x": (50,)}, tmp_path, target, precision="int8")
+    found = integer_graph(frozen, plan)
+    assert found.in_float == {"layer": "its table would hold every level"}
+    source, result = (
+        e.quantizer for e in (of(plan, "layer").activations[0], of(plan, "layer").outputs[0])
+    )
+    x = normal(60, 50, seed=9)
+    table = table_of(proto.graph.node[0], source, result, 8, 21)
+    stored = interpolated(whole(plan, "layer", 0, x), table, source, 8) + result.zero_points[0]
+    expected = result.dequantize(stored.astype(np.int32))
+    assert np.array_equal(computed(frozen, plan, tmp_path, {"x": x}), expected)
 
 
 # --- whole models -------------------------------------------------------------------------------
