@@ -92,10 +92,11 @@ class _Steps:
         self._n = self._n_differing = self._most = 0
 
     def add(self, artifact: NDArray[Any], target: NDArray[Any]) -> None:
-        self.sums.add(artifact, target)
         if self._quantizer is None:
+            self.sums.add(artifact, target)
             return
         a, t = (self._quantizer.quantize(np.asarray(v, np.float32)) for v in (artifact, target))
+        self.sums.add(self._quantizer.dequantize(a), self._quantizer.dequantize(t))
         off = np.abs(a.astype(np.int64) - t.astype(np.int64))
         self._n += off.size
         self._n_differing += int(np.count_nonzero(off))
