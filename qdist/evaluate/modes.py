@@ -63,16 +63,19 @@ class LayerDisagreement:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModesReport:
     """All layers, in the order of the graph. ``reading``: how far the target's arithmetic is
-    documented. ``outputs``: deviation of each of the model's outputs."""
+    documented. ``outputs``: deviation of each of the model's outputs. ``notes``: what saturates on
+    the chip that should not."""
 
     reading: str
     layers: tuple[LayerDisagreement, ...]
     outputs: dict[str, Deviation]
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
         return {
             "reading": self.reading,
+            "notes": list(self.notes),
             "layers": [layer.to_json() for layer in self.layers],
             "outputs": {name: entry.to_json() for name, entry in self.outputs.items()},
         }
@@ -170,6 +173,7 @@ def compare_modes(
             for layer in layers
         ),
         outputs={name: entry.deviation() for name, entry in sums.items()},
+        notes=target.notes,
     )
 
 

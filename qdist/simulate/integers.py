@@ -21,6 +21,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
+import onnx.shape_inference
 from numpy.typing import NDArray
 from onnx import NodeProto
 
@@ -28,6 +30,7 @@ from qdist.model import rewrite
 from qdist.model.freeze import FrozenModel
 from qdist.model.graph import attribute
 from qdist.numbers.cuts import BIAS_FACTOR, matrix_cuts, vector_cuts, vector_grid
+from qdist.numbers.rounding import round_integer
 from qdist.plan.plan import LayerPlan
 from qdist.plan.quantizer import Quantizer
 from qdist.plan.target import CUT_GRID, ProjectedPlan
@@ -47,6 +50,7 @@ OUR_READING = "our reading: no document specifies this target's requantization"
 CUT_READING = "Icraft's cuts; rounding of the first cut and products of activations: our reading"
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "Mul")
 _SUMS = ("Add", "Sub")
+_NORM = "BatchNormalization"
 _ACCUMULATOR_BITS = 32
 
 
@@ -54,12 +58,13 @@ _ACCUMULATOR_BITS = 32
 class IntegerGraph:
     """``graph`` as `QuantizedGraph`. ``reading``: how far the arithmetic is documented.
     ``schemes``: layer -> the scheme that computes it, for those in whole numbers. ``in_float``:
-    quantized layer -> why it is computed in float32."""
+    quantized layer -> why it is computed in float32. ``notes``: what saturates that should not."""
 
     graph: QuantizedGraph
     reading: str
     schemes: dict[str, str]
     in_float: dict[str, str]
+    notes: tuple[str, ...] = ()
 
 
 def integer_graph(frozen: FrozenModel, projected: ProjectedPlan) -> IntegerGraph:
@@ -82,6 +87,8 @@ class _Builder:
             if layer.fused_with not in (None, *self._biases) and layer.op_type == "Add"
         }
         """Layers whose bias is added after a rounding of the model's own."""
+        self._notes: list[str] = []
+        self._ranks: dict[str, int] | None = None
         self._schemes: dict[str, str] = {}
         self._in_float: dict[str, str] = {}
 
@@ -115,6 +122,7 @@ class _Builder:
             reading=CUT_READING if self._is_cut else OUR_READING,
             schemes=self._schemes,
             in_float=self._in_float,
+            notes=tuple(self._notes),
         )
 
     def _fused_biases(self) -> dict[str, NodeProto]:
@@ -137,7 +145,9 @@ class _Builder:
         wires = Wires(self._pairs, f"{layer.name}.integer")
         bias = self._biases.get(layer.name)
         target = bias.output[0] if bias is not None else node.output[0]
-        if node.op_type in FUNCTIONS:
+        if node.op_type == _NORM:
+            self._norm(node, layer, wires, target)
+        elif node.op_type in FUNCTIONS:
             self._function(node, layer, wires, target)
         elif node.op_type in _SUMS:
             self._sum(node, layer, wires, target)
@@ -147,6 +157,8 @@ class _Builder:
 
     def _obstacle(self, node: NodeProto, layer: LayerPlan) -> str | None:
         """Why the layer is not computed in whole numbers."""
+        if node.op_type == _NORM:
+            return self._no_norm(node, layer)
         if node.op_type not in (*_PRODUCTS, *_SUMS):
             return self._no_table(node, layer)
         entries = {e.index: e.quantizer for e in (*layer.activations, *layer.weights)}
@@ -180,6 +192,29 @@ class _Builder:
             # Its float result, stored, is what a table of all its levels holds.
             return "its table would hold every level"
         return None
+
+    def _no_norm(self, node: NodeProto, layer: LayerPlan) -> str | None:
+        """Why a batch normalization is not computed in whole numbers."""
+        if not self._is_cut:
+            return f"{node.op_type} has no documented integer form here"
+        if not layer.activations or not layer.outputs or layer.activations[0].quantizer.is_float:
+            return "its input or output stays float"
+        source = layer.activations[0].quantizer
+        if source.is_dynamic or source.axis is not None:
+            return "an activation has several scales"
+        if not all(name in self._pairs.weights for name in node.input[1:5]):
+            return "its parameters are computed"
+        return None if self._rank(node.input[0]) >= 2 else "its rank is not known"
+
+    def _rank(self, tensor: str) -> int:
+        """How many axes a tensor has; 0 where nothing tells."""
+        if self._ranks is None:
+            graph = onnx.shape_inference.infer_shapes(self._frozen.proto()).graph
+            self._ranks = {
+                value.name: len(value.type.tensor_type.shape.dim)
+                for value in (*graph.input, *graph.value_info)
+            }
+        return self._ranks.get(tensor, 0)
 
     def _bias_names(self, node: NodeProto) -> list[str]:
         names = list(node.input[2:3])
@@ -261,10 +296,17 @@ class _Builder:
                 values = values * attribute(node, "beta", 1.0)
             elif name in node.input:
                 values = values.reshape(-1, *[1] * (len(self._kernel(node)) - 2))
-            whole = np.rint(values / scales)
-            if self._target.rounding == "half_away":
-                whole = np.trunc(values / scales + np.copysign(0.5, values))
-            yield np.clip(whole, -high, high)
+            whole = round_integer(values / scales, self._target.rounding)
+            yield self._within(node.name, whole, high, bits)
+
+    def _within(
+        self, layer: str, biases: NDArray[np.float64], high: float, bits: int
+    ) -> NDArray[np.float64]:
+        """Biases kept to what their bits hold, with a note where that changes any."""
+        n_beyond = int(np.count_nonzero(np.abs(biases) > high))
+        if n_beyond:
+            self._notes.append(f"{layer}: {n_beyond} biases saturate in {bits} bits")
+        return np.clip(biases, -high, high)
 
     def _kernel(self, node: NodeProto) -> tuple[int, ...]:
         return self._pairs.weights.shape(node.input[1])
@@ -299,6 +341,30 @@ class _Builder:
         stored = wires.requantized(total, second, output, "half_away")
         wires.stored(stored, output, target)
 
+    # --- normalizations and functions -----------------------------------------------------------
+
+    def _norm(self, node: NodeProto, layer: LayerPlan, wires: Wires, target: str) -> None:
+        """Always per channel: weight in the bits of the input, bias in twice as many, one scale for
+        both, on the vector unit."""
+        self._schemes[layer.name] = "cuts"
+        (entry,), (result,) = layer.activations, layer.outputs
+        source, output = entry.quantizer, result.quantizer
+        gamma, beta, mean, variance = (
+            self._pairs.weights.read(name).astype(np.float64) for name in node.input[1:5]
+        )
+        weight = gamma / np.sqrt(variance + attribute(node, "epsilon", 1e-5))
+        bias = (beta - mean * weight) / output.scales[0]
+        normalized = weight * source.scales[0] / output.scales[0]
+        whole, offset, scales = norm_numbers(normalized, bias, source.bits)
+        wide = BIAS_FACTOR * source.bits
+        offset = self._within(layer.name, offset, float((1 << (wide - 1)) - 1), wide)
+        along = [1, -1, *[1] * (self._rank(node.input[0]) - 2)]
+        x = wires.integers(node.input[0], source, self._target.rounding)
+        product = wires.add("Mul", x, wires.constant(whole.reshape(along)))
+        total = wires.add("Add", product, wires.constant(offset.reshape(along)))
+        stored = wires.requantized(total, scales.reshape(along), output, "half_away")
+        wires.stored(stored, output, target)
+
     def _function(self, node: NodeProto, layer: LayerPlan, wires: Wires, target: str) -> None:
         self._schemes[layer.name] = "table"
         (entry,), (result,) = layer.activations, layer.outputs
@@ -330,6 +396,24 @@ class _Builder:
         total = wires.add(node.op_type, *terms)
         whole = wires.requantized(total, multiplier, output, rounding)
         wires.stored(whole, output, target)
+
+
+def norm_numbers(
+    weight: NDArray[np.float64], bias: NDArray[np.float64], bits: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Whole weights and biases of a batch normalization, and the scale that both share, for each
+    channel. ``weight`` and ``bias`` are normalized. The scale is the weight's, where that is not
+    nearly zero, else the bias's, else 1. Biases may be beyond what their bits hold.
+    """
+    high, wide = (1 << (bits - 1)) - 1, (1 << (BIAS_FACTOR * bits - 1)) - 1
+    grid = vector_grid(bits)
+    least = 2.0**-grid.n_high
+    # Snapping may take 1/256 off a scale, or half the least one.
+    by_weight, by_bias = np.abs(weight) / high, np.abs(bias) / wide * (1 + 2.0**-7) + least / 2
+    wanted = np.where(by_weight >= least / 2, by_weight, np.where(bias != 0, by_bias, 1.0))
+    scales = np.array([grid.snap(float(scale)).value for scale in wanted])
+    whole = np.clip(round_integer(weight / scales, "half_away"), -high, high)
+    return whole, round_integer(bias / scales, "half_away"), scales
 
 
 def _product_scales(node: NodeProto, layer: LayerPlan) -> NDArray[np.float64]:

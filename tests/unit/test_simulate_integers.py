@@ -386,6 +386,58 @@ def test_products_of_activations_have_both_cuts(tmp_path: Path) -> None:
     assert np.array_equal(found, result.dequantize(stored.astype(np.int32)))
 
 
+# --- batch normalization ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("small", [0.2, 0.02])
+def test_batch_normalization_is_always_per_channel(small: float, tmp_path: Path) -> None:
+    """Weight and bias share a scale in every channel; the bias has twice the bits, which a weight
+    that is small beside it does not leave it room for."""
+    parameters = {
+        "gamma": np.array([1.0, small, 3.0, 1e-9], np.float32),
+        "beta": np.array([0.5, -2.0, 0.1, 1.5], np.float32),
+        "mean": np.array([0.1, 0.2, -0.3, 0.0], np.float32),
+        "variance": np.array([0.5, 1.0, 2.0, 1.0], np.float32),
+    }
+    proto = model(
+        [node("BatchNormalization", ["x", *parameters], ["y"], "layer", epsilon=1e-3)],
+        [value("x", ["n", 4, 5, 5])],
+        [value("y", ["n", 4, 5, 5])],
+        parameters,
+    )
+    frozen, plan = planned(proto, {"x": (4, 5, 5)}, tmp_path, ICRAFT, granularity="tensor")
+    layer = of(plan, "layer")
+    source, result = layer.activations[0].quantizer, layer.outputs[0].quantizer
+    x = normal(6, 4, 5, 5, seed=3)
+    weight = parameters["gamma"].astype(np.float64) / np.sqrt(
+        parameters["variance"].astype(np.float64) + np.float32(1e-3)
+    )
+    bias = parameters["beta"] - parameters["mean"] * weight
+    integers = whole(plan, "layer", 0, x)
+    expected = np.empty(integers.shape, np.int64)
+    for channel in range(4):
+        w = weight[channel] * source.scales[0] / result.scales[0]
+        b = bias[channel] / result.scales[0]
+        by_bias = abs(b) / 32767 * (1 + 2.0**-7) + 2.0**-17
+        wanted = abs(w) / 127 if abs(w) / 127 >= 2.0**-17 else by_bias
+        cut = vector_grid(8).snap(wanted)
+        m, n = np.int64(cut.m or 0), np.int64(cut.n or 0)
+        wq = int(np.clip(round_integer(np.array(w / cut.value), "half_away"), -127, 127))
+        bq = int(np.clip(round_integer(np.array(b / cut.value), "half_away"), -32767, 32767))
+        expected[:, channel] = cut_product(
+            integers[:, channel] * wq, np.asarray(bq), (m, n, 0), (result.low, result.high)
+        )
+    found = computed(frozen, plan, tmp_path, {"x": x})
+    assert np.array_equal(found, result.dequantize(expected.astype(np.int32)))
+    assert integer_graph(frozen, plan).schemes == {"layer": "cuts"}
+    (exact,) = run(scoring_session(frozen.source, EXECUTION), None, {"x": source.applied(x)})
+    off = np.abs(found - result.applied(exact)).max(axis=(0, 2, 3)) / result.scales[0]
+    saturated = ("layer: 1 biases saturate in 16 bits",) if small < 0.1 else ()
+    assert integer_graph(frozen, plan).notes == saturated
+    assert (off[[0, 2, 3]] < 3).all()
+    assert (off[1] > 3) == bool(saturated)
+
+
 # --- tables -------------------------------------------------------------------------------------
 
 

@@ -55,6 +55,7 @@ def run(context: Context[CompareSettings]) -> None:
                 )
             place = write_json(folder / "modes.json", modes.to_json())
             context.console.print(modes_table(modes, settings.compare.limit))
+            context.notes(modes.notes)
             for name, deviation in modes.outputs.items():
                 context.say(f"output {name}: {db_text(deviation.sqnr_db)} dB between the modes")
             context.say(f"target-exact ({modes.reading}): {place}")
