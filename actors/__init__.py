@@ -12,6 +12,7 @@
 ``host``       the class that Ray makes actors of.
 ``failures``   the errors of a pool; ``fingerprints`` that all workers get the same bits.
 ``calibrate``  the controller that spreads the shards of a calibration over a pool.
+``worker``     what its workers do; ``merging`` when workers are started to merge alone.
 ``pipeline``   the same with a pool for each stage of the model; ``stage`` the worker of one.
 ``select``     the controller that has samples sketched, and chooses the representative ones.
 ``tune``       the controller that spreads the trials of a search over a pool.

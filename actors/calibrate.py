@@ -1,33 +1,43 @@
-"""Calibration over a pool: workers pull shards, measure them and commit the records."""
+"""Calibration over a pool: workers pull shards, measure them and commit the records.
+
+Where there are many records, the same workers merge groups of them before the driver merges these.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 from actors.events import Completed, Duplicated, Failed, Retried, WorkerJoined, WorkerLost
 from actors.fingerprints import refuse_mixed
+from actors.merging import is_worth_a_pool
 from actors.nodes import NodeFigures
 from actors.pipeline import Pipeline, PipelineProgress
 from actors.pool import WorkerPool
 from actors.session import ClusterSpec, ray_session
-from qdist.calibration import CalibrationJob, Merged, ShardTask, Work, complete, recall, run_shard
+from actors.worker import CalibrationWorker, MergeWorker, Result, Task
+from qdist.calibration import (
+    CalibrationJob,
+    Merged,
+    MergeNode,
+    NodeAnswer,
+    ShardTask,
+    Work,
+    complete,
+    merge_node,
+    recall,
+)
 from qdist.calibration.blockwise import merge_blocks
 from qdist.calibration.converge import converge
 from qdist.calibration.stage import stages_of
-from qdist.data.checks import InputSpec
-from qdist.data.decoder import Decoder
 from qdist.data.source import DataSource
-from qdist.model.session import fingerprint
-from qdist.stats.observer import Observer, ObserverSpec
-from qdist.stats.warm import warm
+from qdist.stats.observer import ObserverSpec
 from qdist.store.protocol import CalibrationStore
 from qdist.store.receipt import ShardReceipt
-from qdist.store.zarr_store import open_store
 from qdist.threshold.convergence import Convergence
 
 
@@ -35,8 +45,8 @@ from qdist.threshold.convergence import Convergence
 class CalibrationProgress:
     """Where a run stands. ``resumed``: samples that an earlier run had already measured.
 
-    ``nodes``: what every node has done so far. ``n_merged`` of ``n_records``: how far the merge is
-    that follows the last sample; both 0 before.
+    ``nodes``: what every node has measured so far. ``n_merged`` of ``n_records``: how far the merge
+    is that follows the last sample; both 0 before.
     """
 
     done: int
@@ -51,49 +61,7 @@ class CalibrationProgress:
 
 
 OnProgress = Callable[[CalibrationProgress], None]
-
-
-class CalibrationWorker:
-    """Measures shards. A plain class: one process, one thread, one session kept between shards."""
-
-    def __init__(
-        self,
-        observers: tuple[ObserverSpec, ...],
-        inputs: tuple[InputSpec, ...],
-        source: DataSource,
-        store: str,
-        decoder: Decoder | None = None,
-    ) -> None:
-        self._specs = observers
-        self._inputs = inputs
-        self._source = source
-        self._location = store
-        self._decoder = decoder
-        self._observer: tuple[int, Observer] | None = None
-        self._store: CalibrationStore | None = None
-
-    def setup(self) -> dict[str, Any]:
-        """Load the tapped model and open the store; says under which fingerprint it runs."""
-        warm()
-        self._observe_with(0)
-        self._store = open_store(self._location)
-        return {"fingerprint": fingerprint(self._specs[0].execution)}
-
-    def run(self, task: ShardTask) -> ShardReceipt:
-        """Measure one shard and commit its record. Safe to run twice."""
-        if self._store is None:
-            raise RuntimeError("run() before setup()")
-        observer = self._observe_with(task.tap_set)
-        return run_shard(
-            task.shard, observer, self._source, self._inputs, self._store, self._decoder
-        )
-
-    def _observe_with(self, tap_set: int) -> Observer:
-        """The observer of a tap set; one is held at a time, since each holds the weights."""
-        if self._observer is None or self._observer[0] != tap_set:
-            self._observer = None
-            self._observer = (tap_set, Observer(self._specs[tap_set]))
-        return self._observer[1]
+Pool: TypeAlias = WorkerPool[Task, Result]
 
 
 def calibrate(
@@ -105,7 +73,8 @@ def calibrate(
     early_stop: Convergence | None = None,
     on_progress: OnProgress | None = None,
 ) -> Merged:
-    """Measure what the store lacks and merge. Ray starts only if there is something to measure.
+    """Measure what the store lacks and merge. Ray starts only if there is something to measure, or
+    very much to merge.
 
     With ``early_stop`` it ends at the first complete prefix of the samples at which the thresholds
     have converged. Raises what a worker raises, QD407 for a pool of mixed fingerprints, QD801 to
@@ -120,16 +89,17 @@ def calibrate(
                 store,
                 run.measure,
                 early_stop,
+                spread=run.merge,
                 on_merge=run.merging,
                 on_decision=lambda reason: run.report(replace(run.state, message=reason)),
             )
         if job.settings.n_blocks > 1:
-            merge_blocks(job, store, run.measure)
+            merge_blocks(job, store, run.measure, spread=run.merge)
         merged = recall(job, store)
         if merged is not None:
             run.report(run.state)
             return merged
-        return complete(job, store, run.measure, on_merge=run.merging)
+        return complete(job, store, run.measure, spread=run.merge, on_merge=run.merging)
 
 
 class _Run:
@@ -152,7 +122,8 @@ class _Run:
         self._on_progress = on_progress
         self._session = ExitStack()
         self._open_pool = ExitStack()
-        self._pool: WorkerPool[ShardTask, ShardReceipt] | None = None
+        self._has_ray = False
+        self._pool: Pool | None = None
         self._observers: tuple[ObserverSpec, ...] = ()
         self._pipeline: Pipeline | None = None
 
@@ -193,14 +164,28 @@ class _Run:
             pool.submit(task)
         return self._collect(pool)
 
-    def _pool_for(self, observers: tuple[ObserverSpec, ...]) -> WorkerPool[ShardTask, ShardReceipt]:
+    def merge(self, nodes: Sequence[MergeNode]) -> Iterator[NodeAnswer]:
+        """Make ``nodes``, over the pool if there is one, or if one is worth it."""
+        if self._pool is None and is_worth_a_pool(nodes, self._cluster.n_workers):
+            self._close_pools()
+            self._start_ray()
+            self._open(partial(MergeWorker, self._store.location), "merge")
+        if self._pool is None:
+            yield from (merge_node(node, self._store) for node in nodes)
+            return
+        for node in nodes:
+            self._pool.submit(node)
+        for event in self._completed(self._pool):
+            if isinstance(event.result, NodeAnswer):
+                yield event.result
+
+    def _pool_for(self, observers: tuple[ObserverSpec, ...]) -> Pool:
         """The pool of the round before, where it measures the same taps."""
         wanted = [spec.taps.tensors for spec in observers]
         if self._pool is not None and [s.taps.tensors for s in self._observers] == wanted:
             return self._pool
-        self._open_pool.close()
-        if self._pool is None:
-            self._start_ray()
+        self._close_pools()
+        self._start_ray()
         make_worker = partial(
             CalibrationWorker,
             observers,
@@ -209,15 +194,26 @@ class _Run:
             self._store.location,
             self._job.decoder,
         )
-        pool = WorkerPool[ShardTask, ShardReceipt](
-            self._cluster, make_worker, name="calibration", duplicate=True
-        )
-        self._pool = self._open_pool.enter_context(pool)
+        pool = self._open(make_worker, "calibration")
         self._observers = observers
         refuse_mixed(self._job.identity.fingerprint, pool.facts)
         return pool
 
+    def _open(self, make_worker: Callable[[], Any], name: str) -> Pool:
+        pool = WorkerPool[Task, Result](self._cluster, make_worker, name=name, duplicate=True)
+        self._pool = self._open_pool.enter_context(pool)
+        return pool
+
+    def _close_pools(self) -> None:
+        """Make room for other workers."""
+        self._open_pool.close()
+        self._pool, self._observers, self._pipeline = None, (), None
+
     def _start_ray(self) -> None:
+        """Once: it lasts to the end."""
+        if self._has_ray:
+            return
+        self._has_ray = True
         session = self._session.enter_context(ray_session(self._cluster))
         for note in session.notes:
             self.report(replace(self.state, message=f"note: {note}"))
@@ -226,8 +222,9 @@ class _Run:
             self.report(replace(self.state, message=f"note: {note}"))
 
     def _staged(self) -> Pipeline:
-        """The pipeline, which lasts to the end."""
+        """The pipeline, which lasts until its workers have to make room."""
         if self._pipeline is None:
+            self._close_pools()
             self._start_ray()
             pipeline = Pipeline(
                 self._job,
@@ -252,40 +249,49 @@ class _Run:
             )
         )
 
-    def _collect(self, pool: WorkerPool[ShardTask, ShardReceipt]) -> list[ShardReceipt]:
+    def _collect(self, pool: Pool) -> list[ShardReceipt]:
         receipts = []
-        done, n_retried = self.state.done, self.state.n_retried
+        for event in self._completed(pool):
+            if isinstance(event.task, ShardTask) and isinstance(event.result, ShardReceipt):
+                receipts.append(event.result)
+                done = self.state.done + event.task.shard.n_samples
+                nodes = tuple(pool.nodes())
+                self._saw(pool, replace(self.state, done=done, nodes=nodes))
+        return receipts
+
+    def _completed(self, pool: Pool) -> Iterator[Completed[Task, Result]]:
+        """What the workers do until nothing is pending; all else that happens is told."""
         while pool.n_pending:
             event = pool.next_event(0.5)
             message = ""
+            n_retried = self.state.n_retried
             match event:
                 case Completed():
-                    receipts.append(event.result)
-                    done += event.task.shard.n_samples
+                    yield event
+                    continue
                 case Failed():
                     raise event.error
                 case Retried():
                     n_retried += 1
-                    index = event.task.shard.index
-                    message = f"shard {index} is tried again: {event.reason}"
+                    message = f"{_named(event.task)} is tried again: {event.reason}"
                 case Duplicated():
-                    message = f"shard {event.task.shard.index} runs twice: {event.reason}"
+                    message = f"{_named(event.task)} runs twice: {event.reason}"
                 case WorkerLost():
                     message = f"worker {event.worker} is gone: {event.reason}"
                 case WorkerJoined():
-                    refuse_mixed(self._job.identity.fingerprint, [event.facts])
+                    if self._observers:
+                        refuse_mixed(self._job.identity.fingerprint, [event.facts])
                     message = f"worker {event.worker} joins"
-            self.report(
-                replace(
-                    self.state,
-                    done=done,
-                    n_workers=pool.n_workers_alive,
-                    n_retried=n_retried,
-                    message=message,
-                    nodes=tuple(pool.nodes()),
-                )
-            )
-        return receipts
+            self._saw(pool, replace(self.state, n_retried=n_retried), message)
+
+    def _saw(self, pool: Pool, now: CalibrationProgress, message: str = "") -> None:
+        self.report(replace(now, n_workers=pool.n_workers_alive, message=message))
+
+
+def _named(task: Task) -> str:
+    if isinstance(task, ShardTask):
+        return f"shard {task.shard.index}"
+    return f"a merge of {len(task.sources)} records"
 
 
 def _before(work: Work, left: int, state: CalibrationProgress) -> CalibrationProgress:

@@ -36,5 +36,12 @@ def digest_arrays(arrays: Iterable[tuple[str, NDArray[Any]]]) -> str:
     parts: list[bytes | memoryview] = []
     for name, array in sorted(arrays, key=lambda item: item[0]):
         parts.append(f"{name}|{array.dtype.str}|{array.shape}".encode())
-        parts.append(np.ascontiguousarray(array).tobytes())
+        parts.append(_bytes_of(np.ascontiguousarray(array)))
     return digest_bytes(*parts)
+
+
+def _bytes_of(array: NDArray[Any]) -> bytes | memoryview:
+    """The bytes of a contiguous array, without a copy where that is possible."""
+    if not array.size or array.dtype.hasobject:
+        return array.tobytes()
+    return array.reshape(-1).view(np.uint8).data

@@ -10,7 +10,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bench_estimate import Constants, DecoderShape, Workload, decoder_workload, stored_bytes
+from bench_estimate import (
+    Constants,
+    DecoderShape,
+    Workload,
+    decoder_workload,
+    record_s,
+    stored_bytes,
+)
+
+from qdist.calibration.tree import FAN_IN, FEW
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,10 +143,22 @@ def _worker_bytes(workload: Workload) -> float:
 
 
 def _merge_s(workload: Workload, constants: Constants, cluster: Cluster, n_shards: int) -> float:
-    """The driver reads all records through its own network and merges them."""
-    rows = n_shards * workload.n_tensors
-    read = stored_bytes(workload, constants) * n_shards / cluster.network_bytes_s
-    return rows * constants.merge_s + read
+    """Workers merge groups of records, then groups of these, until the driver can read the rest.
+
+    Each sends what it has merged to the store. The workers of a node share its network.
+    """
+    own_s, n_bytes = record_s(workload, constants), stored_bytes(workload, constants)
+    kept_s = workload.n_tensors * constants.commit_s
+    seconds, n_left = 0.0, n_shards
+    while n_left > (FEW if n_left == n_shards else FAN_IN):
+        n_nodes = math.ceil(n_left / FAN_IN)
+        n_rounds = math.ceil(n_nodes / (cluster.n_nodes * cluster.n_workers))
+        beside = min(cluster.n_workers, math.ceil(n_nodes / cluster.n_nodes))
+        network_s = beside * n_bytes / cluster.network_bytes_s
+        seconds += n_rounds * (FAN_IN * (own_s + network_s) + kept_s + network_s)
+        n_left = n_nodes
+    read_s = n_left * (own_s + n_bytes / cluster.network_bytes_s)
+    return seconds + read_s + workload.n_tensors * constants.finish_s
 
 
 def table(estimates: Mapping[str, Estimate]) -> str:

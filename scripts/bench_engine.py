@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ from qdist.calibration import (
     prepare,
     run_shard,
 )
+from qdist.calibration.merge import read_and_merge
+from qdist.calibration.reading import Spread
+from qdist.calibration.tree import plan
 from qdist.data.arrays import ArraySource
 from qdist.data.preprocess import Preprocess
 from qdist.data.shards import Shard, stack
@@ -36,8 +39,9 @@ from qdist.model.loading import load_model
 from qdist.model.session import Execution, measuring_session
 from qdist.model.taps import TapTable, find_taps, tapped_graph
 from qdist.stats.accumulator import Accumulator
+from qdist.stats.merger import merge_all
 from qdist.stats.observer import Observer
-from qdist.stats.record import CalibrationRecord, merge_all
+from qdist.stats.record import CalibrationRecord
 from qdist.stats.spec import StatisticsSpec
 from qdist.store.identity import Identity
 from qdist.store.receipt import ShardReceipt
@@ -213,6 +217,16 @@ def merge_at(job: CalibrationJob, path: Path) -> Merged:
     return finish(job, open_store(path))
 
 
+def merging_s(path: Path, n_times: int) -> float:
+    """Seconds to read and merge one record of the store at ``path``, in a merge of ``n_times``
+    as many as it holds."""
+    store = open_store(path)
+    receipts = store.receipts()
+    begin = time.perf_counter()
+    merge_all((store.read(one) for one in receipts * n_times), receipts[0].tensors)
+    return (time.perf_counter() - begin) / len(receipts) / n_times
+
+
 def store_bytes(path: Path) -> int:
     """Bytes of all files of a store."""
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
@@ -289,6 +303,25 @@ class StoredRecords:
     def merge(self, records: Iterable[CalibrationRecord]) -> CalibrationRecord:
         """All of them in one."""
         return merge_all(records, self._tensors)
+
+    def merge_as_tree(self, n_records: int, spread: Spread) -> CalibrationRecord:
+        """As a calibration merges ``n_records``, each of which is one of these again and again."""
+        kept = self._store.receipts()
+        parts = [
+            (
+                # Other samples, and yet the record that is there.
+                replace(one, shard_id=f"{index:064x}", batches=((f"{index}",),) * one.n_samples),
+                self._tensors,
+            )
+            for index, one in ((index, kept[index % len(kept)]) for index in range(n_records))
+        ]
+        places = {f"{index}": index for index in range(n_records)}
+        return read_and_merge(plan(parts, places), self._store, self._tensors, spread)
+
+    @property
+    def location(self) -> str:
+        """What `open_store` takes."""
+        return self._store.location
 
     def bytes_per_record(self) -> int:
         """Bytes on the disk."""

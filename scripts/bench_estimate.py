@@ -20,6 +20,7 @@ from bench_engine import (
     Spent,
     Subject,
     calibrate_once,
+    merging_s,
     new_observer,
     plain_session,
     store_bytes,
@@ -129,8 +130,9 @@ class Constants:
 
     ``flop_s`` per floating-point operation of a matrix product, ``element_s`` per element of a
     measured tensor (made, returned and counted), ``tensor_s`` per tensor and run. ``commit_s`` per
-    row of a record that is committed, ``merge_s`` per row that is read and merged; ``row_bytes``
-    and ``channel_bytes``: of a stored record per row, and per channel of its tensor.
+    row of a record that is committed; ``merge_s`` per row that is read and merged, and
+    ``merge_channel_s`` per channel of its tensor; ``finish_s`` per row of the merge, once.
+    ``row_bytes`` and ``channel_bytes``: of a stored record per row, and per channel.
     """
 
     flop_s: float
@@ -138,19 +140,23 @@ class Constants:
     tensor_s: float
     commit_s: float
     merge_s: float
+    merge_channel_s: float
+    finish_s: float
     row_bytes: float
     channel_bytes: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """A small case: per sample, seconds to measure; per row, to commit and to merge; in all."""
+    """A small case: seconds per sample to measure, per row to commit, per record to read and merge,
+    per row of the merge to finish it; in all."""
 
     workload: Workload
     micro_batch: int
     sample_s: float
     commit_s: float
-    merge_s: float
+    record_s: float
+    finish_s: float
     total_s: float
     record_bytes: float
 
@@ -174,6 +180,7 @@ class SmallCase:
         self._observer = new_observer(self._job)
         self._spent: list[Spent] = []
         self._record_bytes = 0.0
+        self._record_s = math.inf
         self.lap()
         self._spent.clear()
 
@@ -187,6 +194,7 @@ class SmallCase:
         spent = calibrate_once(self._job, self._observer, self._subject.source, self._store)
         # The merged record lies beside those of the shards.
         self._record_bytes = store_bytes(self._store) / (spent.n_shards + 1)
+        self._record_s = min(self._record_s, merging_s(self._store, 8))
         shutil.rmtree(self._store)
         self._spent.append(spent)
         return spent.total_s
@@ -195,13 +203,14 @@ class SmallCase:
         """The quickest lap, which other users of the machine disturbed least."""
         spent = min(self._spent, key=lambda one: one.total_s)
         n_samples = len(self._job.manifest)
-        rows = len(self._job.taps.points) * spent.n_shards
+        n_tensors = len(self._job.taps.points)
         return Measured(
             workload=self.workload,
             micro_batch=self._case.micro_batch,
             sample_s=(spent.total_s - spent.commit_s - spent.finish_s) / n_samples,
-            commit_s=spent.commit_s / rows,
-            merge_s=spent.finish_s / rows,
+            commit_s=spent.commit_s / n_tensors / spent.n_shards,
+            record_s=self._record_s,
+            finish_s=max(0.0, spent.finish_s - self._record_s * spent.n_shards) / n_tensors,
             total_s=spent.total_s,
             record_bytes=self._record_bytes,
         )
@@ -220,12 +229,16 @@ def fit(cases: Sequence[Measured], flop_s: float) -> Constants:
     space = np.array([[c.workload.n_tensors, c.workload.n_channels] for c in cases], float)
     sizes = np.array([c.record_bytes for c in cases])
     row_bytes, channel_bytes = _relative(space, sizes, sizes)
+    reading = np.array([c.record_s for c in cases])
+    merge_s, merge_channel_s = _relative(space, reading, reading)
     return Constants(
         flop_s=flop_s,
         element_s=element_s,
         tensor_s=tensor_s,
         commit_s=statistics.median(c.commit_s for c in cases),
-        merge_s=statistics.median(c.merge_s for c in cases),
+        merge_s=merge_s,
+        merge_channel_s=merge_channel_s,
+        finish_s=statistics.median(c.finish_s for c in cases),
         row_bytes=row_bytes,
         channel_bytes=channel_bytes,
     )
@@ -242,7 +255,7 @@ def predicted_s(
         "elements": n_samples * workload.elements * constants.element_s,
         "tensors": n_samples * workload.n_tensors / batch * constants.tensor_s,
         "commits": rows * constants.commit_s,
-        "merge": rows * constants.merge_s,
+        "merge": n_shards * record_s(workload, constants) + workload.n_tensors * constants.finish_s,
     }
     return {**parts, "total": sum(parts.values())}
 
@@ -305,6 +318,12 @@ def stored_bytes(workload: Workload, constants: Constants) -> float:
     """Bytes of one shard's record in the store."""
     rows = workload.n_tensors * constants.row_bytes
     return rows + workload.n_channels * constants.channel_bytes
+
+
+def record_s(workload: Workload, constants: Constants) -> float:
+    """Seconds to read one shard's record, but for the network, and to merge it."""
+    rows = workload.n_tensors * constants.merge_s
+    return rows + workload.n_channels * constants.merge_channel_s
 
 
 def product_flop_s(

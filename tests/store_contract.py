@@ -380,6 +380,49 @@ class StoreContract(ABC):
         assert_same(store.read(kept), record)
         assert sweep(store, older_than_s=0, keep_merges=1).removed == ()
 
+    def test_an_inner_node_is_kept_once(self, store: ZarrStore, place: str) -> None:
+        assert store.nodes() == frozenset()
+        assert store.node("n1", TAPS.tensors) is None
+        record = record_of(1, 4)
+        assert store.keep_node("n1", record) is True
+        assert store.keep_node("n1", record_of(2, 4)) is False
+        for reader in (store, open_store(place)):
+            assert reader.nodes() == {"n1"}
+            found = reader.node("n1", TAPS.tensors)
+            assert found is not None
+            assert_same(found, record)
+        assert len(store.place.entries("inner")) == 1, "the second one's is removed"
+        assert store.receipts() == []
+        assert store.finished() == []
+        with pytest.raises(ValueError, match="make a name"):
+            store.keep_node("../n", record)
+
+    def test_a_damaged_inner_node_is_absent_and_may_be_kept_again(self, store: ZarrStore) -> None:
+        record = record_of(1, 4)
+        for damage in ("flipped", "gone", "pointer", "other rows"):
+            assert store.keep_node("n1", record) is True
+            key = store.node_kept_in("n1") or ""
+            data = bytearray(store.place.get(key) or b"")
+            tensors = TAPS.tensors
+            match damage:
+                case "flipped":
+                    data[len(data) // 2] ^= 4
+                    store.place.put(key, bytes(data))
+                case "gone":
+                    store.place.delete(key)
+                case "pointer":
+                    store.place.put("nodes/n1.json", b"{")
+                case _:
+                    tensors = ("x", "z")
+            assert store.node("n1", tensors) is None
+            assert store.nodes() == frozenset()
+        assert store.keep_node("n1", record) is True
+        found = store.node("n1", TAPS.tensors)
+        assert found is not None
+        assert_same(found, record)
+        # The one whose name was lost is for `sweep` to find.
+        assert len(sweep(store, older_than_s=0).removed) == 3
+
     def test_sweeping_keeps_the_merges_that_a_document_lists(self, store: ZarrStore) -> None:
         record = record_of(1)
         for name in ("a", "b", "c"):

@@ -7,6 +7,8 @@
 ``estimate``    what histograms per channel will take.
 ``work``        what a store lacks for a job: shards to measure, and with which taps.
 ``measure``     one shard measured and committed.
+``tree``        which records are merged with which first, where there are many.
+``reading``     a record, or a group of them merged into an inner node of the tree and kept.
 ``merge``       what was committed, as one record; what was merged before, recalled.
 ``notes``       what a record shows that a user should hear of.
 ``run``         measures and merges until nothing is missing.
@@ -22,14 +24,18 @@ from qdist.calibration.here import calibrate_here
 from qdist.calibration.job import CalibrationJob, identify, prepare
 from qdist.calibration.measure import run_shard
 from qdist.calibration.merge import Merged, finish, recall
+from qdist.calibration.reading import NodeAnswer, merge_node
 from qdist.calibration.run import complete
 from qdist.calibration.settings import CalibrationSettings
+from qdist.calibration.tree import MergeNode
 from qdist.calibration.work import ShardTask, Work, open_shards, open_work
 
 __all__ = [
     "CalibrationJob",
     "CalibrationSettings",
+    "MergeNode",
     "Merged",
+    "NodeAnswer",
     "ShardTask",
     "Work",
     "calibrate_here",
@@ -40,6 +46,7 @@ __all__ = [
     "input_specs",
     "load_batch",
     "load_phases",
+    "merge_node",
     "open_shards",
     "open_work",
     "prepare",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from qdist.calibration.job import CalibrationJob
 from qdist.calibration.merge import merge_name, recall
+from qdist.calibration.reading import Spread
 from qdist.calibration.run import complete
 from qdist.calibration.work import Work, blocks, open_work
 from qdist.errors import StoreError
@@ -18,11 +19,13 @@ def merge_blocks(
     job: CalibrationJob,
     store: CalibrationStore,
     measure: Callable[[Work], list[ShardReceipt]],
+    *,
+    spread: Spread | None = None,
 ) -> None:
     """Merge every block of the job's samples, measuring what lacks, and note which they are.
 
-    Comes before the merge of the whole, which is to be the latest. Raises QD311 where the samples
-    do not divide, and as `complete`.
+    Comes before the merge of the whole, which is to be the latest. ``spread`` as in `finish`.
+    Raises QD311 where the samples do not divide, and as `complete`.
     """
     names = []
     parts = blocks(job)
@@ -32,7 +35,7 @@ def merge_blocks(
     for block in parts:
         part = job.part(block)
         if recall(part, store) is None:
-            complete(part, store, measure)
+            complete(part, store, measure, spread=spread)
         names.append(merge_name(part))
     store.put_document(_document(merge_name(job)), {"merges": names})
 

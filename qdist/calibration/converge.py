@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from qdist.calibration.job import CalibrationJob
 from qdist.calibration.merge import Merged, OnProgress, recall
+from qdist.calibration.reading import Spread
 from qdist.calibration.run import complete
 from qdist.calibration.work import Work
 from qdist.errors import ConfigError
@@ -21,20 +22,24 @@ def converge(
     measure: Callable[[Work], list[ShardReceipt]],
     policy: Convergence,
     *,
+    spread: Spread | None = None,
     on_merge: OnProgress | None = None,
     on_decision: Callable[[str], None] | None = None,
 ) -> Merged:
     """Calibrate growing prefixes of the grid until ``policy`` stops, or all of it.
 
     A prefix is measured and merged whole before it is judged, so the answer depends on the manifest
-    and the policy alone (law 1). ``on_decision`` hears of every judgement. Raises as `complete`,
-    and QD107 for a job of several blocks: a prefix has none.
+    and the policy alone (law 1). ``spread`` as in `finish`; what one prefix has merged serves the
+    next. ``on_decision`` hears of every judgement. Raises as `complete`, and QD107 for a job of
+    several blocks: a prefix has none.
     """
     refuse_blocks(job.settings.n_blocks)
     history: list[Prefix] = []
     for size in (sizes := prefix_sizes(len(job.grid))):
         part = job.prefix(size)
-        merged = recall(part, store) or complete(part, store, measure, on_merge=on_merge)
+        merged = recall(part, store) or complete(
+            part, store, measure, spread=spread, on_merge=on_merge
+        )
         record = merged.record
         history.append(policy.measured(size, {t: record.histogram(t) for t in record.tensors}))
         decision = policy.decide(history)

@@ -22,6 +22,7 @@ from qdist.model.graph import Graph
 from qdist.model.segments import unknown_sizes
 from qdist.model.session import Execution, fingerprint
 from qdist.model.taps import TapTable, find_taps
+from qdist.model.weights import n_bytes_of
 from qdist.stats.observer import ObserverSpec
 from qdist.store.identity import Identity
 
@@ -136,7 +137,14 @@ def prepare(
     )
     observer = measuring.observer(taps)
     n_samples = sum(len(batch) for batch in grid)
-    n_per_shard = settings.samples_per_shard(n_samples, n_segments=len(observer.segments)) // size
+    n_per_shard = (
+        settings.samples_per_shard(
+            n_samples,
+            n_segments=len(observer.segments),
+            weight_bytes=sum(map(n_bytes_of, graph.proto.graph.initializer)),
+        )
+        // size
+    )
     return CalibrationJob(
         identity=identity,
         taps=taps,

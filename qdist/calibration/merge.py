@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qdist.calibration.job import CalibrationJob
 from qdist.calibration.notes import record_notes, refuse_nan
+from qdist.calibration.reading import NodeAnswer, Spread, merge_node, n_read, read_source
+from qdist.calibration.tree import MergeNode, Part, Source, missing, nodes_of, plan, receipts_of
 from qdist.digest import digest_json
 from qdist.errors import StoreError
 from qdist.stats.record import CalibrationRecord
-from qdist.store.coverage import cover
+from qdist.store.coverage import Tensors, cover
 from qdist.store.gathering import gather
+from qdist.store.layout import nodes_document
 from qdist.store.protocol import CalibrationStore
-from qdist.store.receipt import ShardReceipt
 
 OnProgress = Callable[[int, int], None]
 
@@ -34,11 +36,14 @@ def finish(
     about: dict[str, Any] | None = None,
     *,
     among: Collection[str] | None = None,
+    spread: Spread | None = None,
     on_progress: OnProgress | None = None,
 ) -> Merged:
     """Merge everything that covers the job's grid and make it the store's latest.
 
-    ``among``: ids of the only receipts to use. ``on_progress(done, total)`` counts records read.
+    ``among``: ids of the only receipts to use. Many records are merged as a tree, whose inner nodes
+    the store keeps for later merges: ``spread`` makes those that it lacks, None in this process.
+    ``on_progress(done, total)`` counts records read, and those that a node stood for.
     Raises QD402 when something is missing, QD403 when records are damaged, with all of those
     discarded so that `open_work` names them, QD309 for NaN unless ``on_nan`` is ``report``.
     """
@@ -52,7 +57,9 @@ def finish(
             expected="all of them",
             mend="run qdist calibrate again; it goes on where it stopped",
         )
-    record = _joined(covered.parts, store, job.taps.tensors, on_progress)
+    places = {id: place for place, id in enumerate(job.manifest.ids)}
+    parts = plan(covered.parts, places)
+    record = read_and_merge(parts, store, job.taps.tensors, spread, on_progress)
     merged = _merged(job, record, len(covered.parts))
     details = {
         "manifest": job.manifest.to_json(),
@@ -63,7 +70,10 @@ def finish(
         **(about or {}),
     }
     batches = [batch.ids for batch in job.grid]
-    store.finish(merge_name(job), record, details, job.taps, batches)
+    name = merge_name(job)
+    if nodes := nodes_of(parts):
+        store.put_document(nodes_document(name), {"nodes": nodes})
+    store.finish(name, record, details, job.taps, batches)
     return merged
 
 
@@ -86,35 +96,69 @@ def merge_name(job: CalibrationJob) -> str:
     return digest_json([[list(batch.ids) for batch in job.grid], list(job.taps.tensors)])
 
 
-def _joined(
-    parts: Sequence[tuple[ShardReceipt, tuple[str, ...]]],
+def read_and_merge(
+    parts: Sequence[Part],
     store: CalibrationStore,
     tensors: tuple[str, ...],
-    on_progress: OnProgress | None,
+    spread: Spread | None = None,
+    on_progress: OnProgress | None = None,
 ) -> CalibrationRecord:
-    """The merged record of all parts. Damaged ones are discarded; QD403 after all are read."""
-    damaged: list[StoreError] = []
-    done = 0
+    """The merged record of all parts, ``spread`` and ``on_progress`` as in `finish`.
 
-    def read(receipt: ShardReceipt, taken: tuple[str, ...]) -> CalibrationRecord | None:
-        nonlocal done
+    Damaged records are discarded; raises QD403 after all are read.
+    """
+    levels = missing(parts, store.nodes() if nodes_of(parts) else ())
+    count = _Count(parts, levels, on_progress)
+    damaged: list[StoreError] = []
+    for nodes in levels:
+        answers = spread(nodes) if spread is not None else _here(nodes, store)
+        for answer in answers:
+            damaged.extend(answer.damaged)
+            count.add(answer.n_records)
+        if damaged:
+            break
+
+    def read(source: Source, taken: Tensors) -> CalibrationRecord | None:
+        if isinstance(source, MergeNode):
+            # A node whose records are lost would only be tried again.
+            return None if damaged else read_source(source, taken, store, damaged)
         try:
-            return store.read(receipt, taken)
-        except StoreError as error:
-            if error.code != "QD403":
-                raise
-            store.discard(receipt)
-            damaged.append(error)
-            return None
+            return read_source(source, taken, store, damaged)
         finally:
-            done += 1
-            if on_progress is not None:
-                on_progress(done, len(parts))
+            count.add(1)
 
     record = gather(parts, tensors, read)
     if record is None:
         raise damaged[0]
     return record
+
+
+def _here(nodes: Sequence[MergeNode], store: CalibrationStore) -> Iterator[NodeAnswer]:
+    """Make nodes in this process, one after the other."""
+    return (merge_node(node, store) for node in nodes)
+
+
+class _Count:
+    """Counts the records of a merge that are read, or that a kept node stands for."""
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        levels: Sequence[Sequence[MergeNode]],
+        on_progress: OnProgress | None,
+    ) -> None:
+        self._tell = on_progress
+        self._total = sum(1 for source, _ in parts for _ in receipts_of(source))
+        to_read = sum(n_read(node) for nodes in levels for node in nodes)
+        to_read += sum(not isinstance(source, MergeNode) for source, _ in parts)
+        self._done = 0
+        self.add(self._total - to_read)
+
+    def add(self, n: int) -> None:
+        """``n`` more are done."""
+        self._done += n
+        if n and self._tell is not None:
+            self._tell(self._done, self._total)
 
 
 def _merged(job: CalibrationJob, record: CalibrationRecord, n_shards: int) -> Merged:

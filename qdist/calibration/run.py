@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from qdist.calibration.job import CalibrationJob
 from qdist.calibration.merge import Merged, OnProgress, finish
+from qdist.calibration.reading import Spread
 from qdist.calibration.work import Work, open_work
 from qdist.errors import StoreError
 from qdist.store.protocol import CalibrationStore
@@ -21,12 +22,13 @@ def complete(
     store: CalibrationStore,
     measure: Callable[[Work], list[ShardReceipt]],
     *,
+    spread: Spread | None = None,
     on_merge: OnProgress | None = None,
 ) -> Merged:
     """``measure`` what the store lacks and merge; again where something was lost on the way.
 
-    A second round has to measure what turned out damaged, here or to another driver. Raises what
-    ``measure`` and `finish` raise.
+    A second round has to measure what turned out damaged, here or to another driver. ``spread`` as
+    in `finish`. Raises what ``measure`` and `finish` raise.
     """
     n_rounds = 0
     while True:
@@ -36,7 +38,7 @@ def complete(
         # These fit together. Another driver's, of another size, may not fit with all of them.
         ours = work.receipt_ids | {receipt.id for receipt in measured}
         try:
-            return finish(job, store, among=ours, on_progress=on_merge)
+            return finish(job, store, among=ours, spread=spread, on_progress=on_merge)
         except StoreError as error:
             if error.code not in ("QD402", "QD403") or n_rounds == _ROUNDS:
                 raise

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 from qdist.stats.spec import StatisticsSpec
 
+LIGHT_BYTES = 256 << 20
+"""Weights of a model that runs a sample in a fraction of a second, as a rule."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationSettings:
@@ -40,16 +43,22 @@ class CalibrationSettings:
         if self.n_blocks < 1 or self.n_workers < 1:
             raise ValueError("n_blocks and n_workers must be at least 1")
 
-    def samples_per_shard(self, n_samples: int, *, n_segments: int = 1) -> int:
+    def samples_per_shard(
+        self, n_samples: int, *, n_segments: int = 1, weight_bytes: int | None = None
+    ) -> int:
         """Samples per shard of ``n_samples`` in all. It changes no result, only the speed.
 
         Left to us: 16, few enough that no worker waits long for the last one, but never so few that
-        there are more than 512 records to write and to merge, nor so many that a worker gets none.
-        A model that runs in segments reads all its weights once a shard, which 64 samples are to
-        share.
+        there are more than 512 records to write and to merge. A model in segments reads all its
+        weights once a shard, which 64 samples are to share; a model of few ``weight_bytes`` (None:
+        unknown) is through 64 in seconds, in which a record would cost as much as a few of them.
+        Where there are several workers, each gets four shards if the samples allow it: the last one
+        to finish is then not far behind.
         """
-        least = 16 if n_segments == 1 else 64
+        is_light = weight_bytes is not None and weight_bytes <= LIGHT_BYTES
+        least = 64 if n_segments > 1 or is_light else 16
         wanted = max(least, math.ceil(n_samples / 512))
         if self.n_workers > 1:
-            wanted = min(wanted, math.ceil(n_samples / self.n_workers))
+            n_shards = self.n_workers * (4 if n_segments == 1 else 1)
+            wanted = min(wanted, math.ceil(n_samples / n_shards))
         return self.shard_samples or wanted

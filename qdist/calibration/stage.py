@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 
-import onnxruntime as ort
-
 from qdist.calibration.boundary import Boundaries, LostBoundaryError
 from qdist.calibration.feeds import load_phases
 from qdist.calibration.job import CalibrationJob, only
@@ -30,6 +28,7 @@ from qdist.errors import ConfigError
 from qdist.model.relay import Relay
 from qdist.model.segments import Segment
 from qdist.model.spool import Spool
+from qdist.model.stretches import Runner
 from qdist.stats.accumulator import Accumulator
 from qdist.stats.observer import Batch, Observer, ObserverSpec
 from qdist.stats.record import CalibrationRecord
@@ -97,7 +96,7 @@ class StageObserver(Observer):
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
-        self._sessions: dict[int, ort.InferenceSession | None] = {}
+        self._sessions: dict[int, Runner | None] = {}
         self._send: Send | None = None
         super().__init__(stage.observer)
 
@@ -116,7 +115,7 @@ class StageObserver(Observer):
         finally:
             self._send = None
 
-    def _load(self, index: int) -> ort.InferenceSession | None:
+    def _load(self, index: int) -> Runner | None:
         if not self._stage.holds:
             return super()._load(index)
         if index not in self._sessions:

@@ -18,6 +18,7 @@ What is measured:
 ``bodies``    the tensors inside ``If``, ``Loop`` and ``Scan``; ``hoist`` brings them out.
 ``elements``  element types of every tensor; ``precision`` where float16 and bfloat16 are spoken of.
 ``half``      half precision, computed in float32 and rounded where the model says.
+``stretches`` runs a graph a few measured tensors at a time.
 ``channels``  which axis counts a tensor's channels.
 ``masks``     tensors that carry a mask into a Softmax.
 ``experts``   layers that see only the tokens that a router sends them.
@@ -27,7 +28,7 @@ Models larger than memory:
 ``flow``      the work of a graph as steps, and what crosses between them.
 ``shapes``    how large every tensor is for given inputs.
 ``estimate``  how much memory consecutive steps take; ``cutting`` where to cut.
-``segments``  the parts as graphs of their own.
+``parts``     consecutive steps as a graph of their own; ``segments`` those that fit a budget.
 ``relay``     what waits between segments and phases; ``spool`` in memory, and beyond that on disk.
 ``frugal``    sessions that hold as little memory as they can.
 ``within``    one run of a model within a budget.

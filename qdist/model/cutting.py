@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto
 
 from qdist.errors import ModelError
 from qdist.model.estimate import BASE_BYTES, Estimate, Need
 from qdist.model.flow import Flow
+from qdist.model.parts import can_cross
 from qdist.model.rewrite import remove_dead
 from qdist.model.session import Execution
 from qdist.model.shapes import Shapes, concrete_shapes
@@ -24,15 +25,6 @@ SEGMENT_COST_BYTES = 16 << 20
 _MANY_BYTES = 64 << 20
 _NARROW = 8
 """A cut is a candidate where nothing crosses less within so many steps on either side."""
-_UNSPEAKABLE = frozenset(
-    {TensorProto.UNDEFINED, TensorProto.BFLOAT16}
-    | {
-        element
-        for name, element in TensorProto.DataType.items()
-        if name.startswith(("FLOAT8", "FLOAT4", "FLOAT6", "INT4", "UINT4", "INT2", "UINT2"))
-    }
-)
-"""Element types that do not leave a session as plain arrays: no cut where one of them crosses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +65,7 @@ def plan_cuts(
     flow = estimate.flow
     available = budget_bytes - base_bytes - estimate.held_bytes
     crossing = flow.crossing()
-    allowed = [p for p, names in enumerate(crossing) if _can_cross(names, estimate)]
+    allowed = [p for p, names in enumerate(crossing) if can_cross(names, estimate.elements)]
     _refuse_too_large(estimate, allowed, budget_bytes, budget_bytes - available)
     needs: tuple[Need, ...] | None = None
     if estimate.need(0, len(flow.steps)).peak_bytes <= available:
@@ -101,7 +93,7 @@ def plan_at(
     estimate, unknown = _estimate(model, shapes, folder, execution, measured)
     crossing = estimate.flow.crossing()
     n = len(estimate.flow.steps)
-    inner = sorted({p for p in cuts if 0 < p < n and _can_cross(crossing[p], estimate)})
+    inner = sorted({p for p in cuts if 0 < p < n and can_cross(crossing[p], estimate.elements)})
     ends = [0, *inner, n]
     needs = tuple(estimate.need(a, b) for a, b in pairwise(ends))
     return CutPlan(flow=estimate.flow, estimate=estimate, needs=needs, unknown=unknown)
@@ -127,12 +119,6 @@ def _shapes(
     model: ModelProto, shapes: Sequence[InputShapes], folder: Path | None, execution: Execution
 ) -> list[Shapes]:
     return [concrete_shapes(model, entry, folder, execution) for entry in shapes]
-
-
-def _can_cross(names: Sequence[str], estimate: Estimate) -> bool:
-    return all(
-        estimate.elements.get(name, TensorProto.UNDEFINED) not in _UNSPEAKABLE for name in names
-    )
 
 
 def _blocks(allowed: Sequence[int], n_steps: int) -> Iterator[tuple[int, int]]:

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
-from onnx import ModelProto, TensorProto, ValueInfoProto, helper
+from onnx import ModelProto, TensorProto, helper
 
 from qdist.model.cutting import CutPlan, InputShapes, plan_at, plan_cuts
 from qdist.model.estimate import BASE_BYTES
-from qdist.model.flow import Flow
 from qdist.model.graph import Graph
 from qdist.model.half import carried
+from qdist.model.parts import part_of
 from qdist.model.session import Execution
 from qdist.model.taps import TapTable, tapped_graph
 
@@ -191,54 +190,17 @@ def _with_outputs(graph: Graph, taps: TapTable, handed: Iterable[str]) -> ModelP
 
 
 def _segment(plan: CutPlan, index: int, base_bytes: int) -> Segment:
-    need, flow = plan.needs[index], plan.flow
-    steps = flow.steps[need.start : need.stop]
-    made = {name for step in steps for name in step.makes}
-    feeds = tuple(dict.fromkeys(name for step in steps for name in step.inputs))
-    reads = dict.fromkeys(name for step in steps for name in step.reads)
-    receives = tuple(name for name in reads if name not in made)
-    hands = tuple(name for name in flow.kept if name in made)
-    sends = tuple(
-        name for step in steps for name in step.makes if flow.last_reader.get(name, -1) >= need.stop
-    )
-    value = partial(_value, plan)
-    model = _part(flow, need.start, need.stop)
-    model.graph.input.extend(flow.inputs[name] for name in feeds)
-    model.graph.input.extend(map(value, receives))
-    model.graph.output.extend(flow.kept[name] for name in hands)
-    model.graph.output.extend(map(value, (name for name in sends if name not in hands)))
+    need = plan.needs[index]
+    part = part_of(plan.flow, need.start, need.stop, plan.estimate.elements)
+    made = {name for step in plan.flow.steps[need.start : need.stop] for name in step.makes}
     return Segment(
-        graph_bytes=model.SerializeToString(),
-        feeds=feeds,
-        receives=receives,
-        sends=sends,
-        hands=hands,
+        graph_bytes=part.model.SerializeToString(),
+        feeds=part.feeds,
+        receives=part.receives,
+        sends=part.sends,
+        hands=part.hands,
         weight_bytes=need.weight_bytes,
         estimate_bytes=need.peak_bytes + base_bytes + plan.estimate.held_bytes,
         is_frugal=True,
         unsized=tuple(name for name in plan.unknown if name in made),
     )
-
-
-def _value(plan: CutPlan, name: str) -> ValueInfoProto:
-    return helper.make_tensor_value_info(name, plan.estimate.elements[name], None)
-
-
-def _part(flow: Flow, start: int, stop: int) -> ModelProto:
-    """Nodes and initializers of some steps, with the constants that they read."""
-    steps = flow.steps[start:stop]
-    constants = {name for step in steps for name in step.constants}
-    weights = {name for step in steps for name in step.weights}
-    part = ModelProto(ir_version=flow.model.ir_version, producer_name="qdist")
-    part.opset_import.extend(flow.model.opset_import)
-    part.functions.extend(flow.model.functions)
-    part.graph.name = f"steps_{start}_{stop}"
-    # Nodes keep their order: what is made of constants stands where it is read, and runs there.
-    made = constants.union(name for step in steps for name in step.makes)
-    part.graph.node.extend(
-        node for node in flow.model.graph.node if not made.isdisjoint(node.output)
-    )
-    part.graph.initializer.extend(
-        tensor for tensor in flow.model.graph.initializer if tensor.name in weights
-    )
-    return part

@@ -11,6 +11,7 @@ One value for each statistic of many tensors, with its laws of merging:
 ``channels``      extrema per channel.
 ``groups``        histograms per channel or group, on request, and what they will take.
 ``record``        all of these for many tensors, as one mergeable value.
+``merger``        many records merged, one after the other, in little space.
 ``layout``        a record as plain arrays, for stores and digests.
 
 How they are gathered:

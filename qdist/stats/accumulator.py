@@ -168,6 +168,22 @@ class Accumulator:
         first = self._values.add(index, bits)
         if first < bits.size:
             self._values.spill(index, self._state, self._tops, self._spec.n_largest, counters)
+        if layout == sweep.LANES and first == 0 and sweep.is_rows(bits.size, lows.size):
+            sweep.sweep_rows(
+                bits,
+                lows,
+                highs,
+                index,
+                self._state,
+                self._tops,
+                self._spec.n_largest,
+                counters.page_of,
+                counters.pool,
+                counters.used,
+                self._scratch,
+                self._clean,
+            )
+            return
         sweep.sweep(
             bits,
             first,

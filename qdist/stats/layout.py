@@ -32,6 +32,7 @@ from qdist.stats import largest
 from qdist.stats.channels import ChannelColumns
 from qdist.stats.entries import Entries
 from qdist.stats.groups import GroupColumns, Grouping
+from qdist.stats.kernels import all_counted, ascend
 from qdist.stats.largest import LargestColumns
 from qdist.stats.values import ValueColumns
 
@@ -143,18 +144,18 @@ def _check_arrays(arrays: Mapping[str, NDArray[Any]]) -> None:
 def _tables(
     steps: NDArray[np.int64], counts: NDArray[np.uint64], n_rows: tuple[int, int, int]
 ) -> list[Entries]:
-    if steps.size and (steps[0] < 0 or (steps[1:] <= 0).any()):
+    keys = np.empty_like(steps)
+    if not ascend(steps, keys):
         raise ValueError("keys do not ascend")
-    if (counts == 0).any() or (counts == np.iinfo(np.uint64).max).any():
+    if not all_counted(counts):
         raise ValueError("a count is missing")
-    keys = np.cumsum(steps)
     edges = np.searchsorted(keys, np.arange(4, dtype=np.int64) << _TABLE_SHIFT)
     if edges[3] != keys.size:
         raise ValueError("keys of no table")
     tables = []
     for i, (rows, shift) in enumerate(zip(n_rows, (16, 32, 40), strict=True)):
         part = slice(int(edges[i]), int(edges[i + 1]))
-        own = keys[part] - (i << _TABLE_SHIFT)
+        own = keys[part] - (i << _TABLE_SHIFT) if i else keys[part]
         if own.size and own[-1] >> shift >= rows:
             raise ValueError("counts of rows that do not exist")
         tables.append(Entries(keys=own, counts=counts[part]))

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from qdist.data.positions import Dims, MaskDims, kept_positions
@@ -23,8 +22,9 @@ from qdist.errors import DataError
 from qdist.model.frugal import frugal_session, give_back
 from qdist.model.relay import Relay
 from qdist.model.segments import Segment
-from qdist.model.session import Execution, as_float32, measuring_session, run
+from qdist.model.session import Execution, as_float32
 from qdist.model.spool import Spool
+from qdist.model.stretches import Runner, Stretches, Undivided
 from qdist.model.taps import TapTable
 from qdist.stats.accumulator import Accumulator
 from qdist.stats.record import CalibrationRecord
@@ -108,7 +108,8 @@ class ObserverSpec:
 class Observer:
     """Runs the segments and counts. One thread at a time.
 
-    A single segment's session is kept between shards; of several, one is loaded at a time.
+    A single segment is kept between shards, loaded with the first; of several, one is loaded at a
+    time.
     """
 
     def __init__(self, spec: ObserverSpec) -> None:
@@ -116,6 +117,7 @@ class Observer:
         self._points = {point.tensor: point for point in spec.taps.points}
         self._is_whole = len(spec.segments) == 1
         self._kept = self._load(0) if self._is_whole else None
+        self._counting: Accumulator | None = None
 
     def observe(self, batches: Sequence[Batch]) -> CalibrationRecord:
         """The record of one shard.
@@ -140,18 +142,26 @@ class Observer:
             return records[0]
         return CalibrationRecord.join(records, spec.taps.tensors)
 
-    def _load(self, index: int) -> ort.InferenceSession | None:
-        """The session of a segment; None where nothing of it is wanted but its inputs."""
-        segment = self._spec.segments[index]
-        if not self._outputs(index) and not segment.sends and not segment.hands:
+    def _load(self, index: int) -> Runner | None:
+        """What runs a segment; None where nothing of it is wanted but its inputs."""
+        spec = self._spec
+        segment = spec.segments[index]
+        outputs = self._outputs(index)
+        if not outputs:
             return None
-        open_session = frugal_session if segment.is_frugal else measuring_session
-        return open_session(segment.graph_bytes, self._spec.data_folder, self._spec.execution)
+        if not segment.is_frugal:
+            return Stretches(segment.graph_bytes, outputs, spec.data_folder, spec.execution)
+        session = frugal_session(segment.graph_bytes, spec.data_folder, spec.execution)
+        return Undivided(session, (*segment.feeds, *segment.receives), outputs)
 
     def _outputs(self, index: int) -> tuple[str, ...]:
-        """What a segment has to put out for its taps."""
-        points = (self._points[tensor] for tensor in self._spec.segments[index].tensors)
-        return tuple(point.output for point in points if not point.is_input)
+        """What a segment has to put out: for its taps, for later segments, for the next phase."""
+        spec = self._spec
+        segment = spec.segments[index]
+        points = (self._points[tensor] for tensor in segment.tensors)
+        tapped = (point.output for point in points if not point.is_input)
+        carried = (output for _, output in spec.carry if output in segment.hands)
+        return tuple(dict.fromkeys((*tapped, *segment.sends, *carried)))
 
     def _round(
         self, index: int, phase: int | None, batches: Sequence[Batch], relay: Relay
@@ -159,47 +169,60 @@ class Observer:
         """All micro-batches through one segment."""
         spec = self._spec
         segment = spec.segments[index]
-        session = self._kept if self._is_whole else self._load(index)
-        accumulator = Accumulator(segment.tensors, spec.statistics, spec.channel_axes)
+        runner = self._kept if self._is_whole else self._load(index)
+        accumulator = self._accumulator(segment)
+        rows = self._rows(segment)
+        wanted = relay.wanted(index)
         for batch, (names, load) in enumerate(batches):
             if batch not in relay:
                 relay.start(batch, load())
             for number in relay.phases(batch, phase):
                 given = relay.take(batch, number, index)
-                made = self._run(index, session, given, relay.wanted(index))
+                inputs = {name: given[name] for name in rows if name in given}
+                self._count(accumulator, rows, inputs, given, names)
+                made: dict[str, NDArray[Any]] = {}
+                for part in runner.parts(given) if runner is not None else ():
+                    made.update((name, part[name]) for name in wanted if name in part)
+                    self._count(accumulator, rows, part, given, names)
                 relay.hand_on(batch, number, index, made)
-                self._count(accumulator, segment, given, made, names)
             if phase is None or phase == 0:
                 accumulator.add_samples(len(names))
         return accumulator.record()
 
-    def _run(
-        self,
-        index: int,
-        session: ort.InferenceSession | None,
-        given: Feeds,
-        wanted: tuple[str, ...],
-    ) -> dict[str, NDArray[Any]]:
-        fetched = list(dict.fromkeys((*self._outputs(index), *wanted)))
-        if session is None or not fetched:
-            return {}
-        segment = self._spec.segments[index]
-        reads = {name: given[name] for name in (*segment.feeds, *segment.receives) if name in given}
-        return dict(zip(fetched, run(session, fetched, reads), strict=True))
+    def _accumulator(self, segment: Segment) -> Accumulator:
+        """An empty one. A single segment's is used again, with the memory that it has by then."""
+        if self._counting is not None:
+            self._counting.reset()
+            return self._counting
+        new = Accumulator(segment.tensors, self._spec.statistics, self._spec.channel_axes)
+        if self._is_whole:
+            self._counting = new
+        return new
+
+    def _rows(self, segment: Segment) -> dict[str, tuple[int, str]]:
+        """Row and name of the measured tensors, by what they are called among inputs or outputs."""
+        points = [self._points[tensor] for tensor in segment.tensors]
+        return {
+            point.tensor if point.is_input else point.output: (row, point.tensor)
+            for row, point in enumerate(points)
+        }
 
     def _count(
         self,
         accumulator: Accumulator,
-        segment: Segment,
-        given: Feeds,
+        rows: Mapping[str, tuple[int, str]],
         made: dict[str, NDArray[Any]],
+        given: Feeds,
         names: tuple[str, ...],
     ) -> None:
-        """Add the tapped tensors, each let go once it is read. Empties ``made`` of them."""
+        """Add the tapped tensors among those made. Empties ``made``, each let go once it is
+        read."""
         padding, refuse_nan = self._spec.padding, self._spec.on_nan == "error"
-        for row, tensor in enumerate(segment.tensors):
-            point = self._points[tensor]
-            found = given[tensor] if point.is_input else made.pop(point.output)
+        for name in list(made):
+            found = made.pop(name)
+            if name not in rows:
+                continue
+            row, tensor = rows[name]
             values = as_float32(found)
             kept = padding.kept(given, tensor, values.shape) if padding is not None else None
             accumulator.add(row, values, kept)

@@ -9,7 +9,7 @@ were put together.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from qdist.digest import canonical_json, digest_arrays, digest_bytes
 from qdist.stats import channels, entries, grid, groups, largest, layout, values
 from qdist.stats.channels import NO_AXIS, ChannelColumns, Channels
-from qdist.stats.counters import ROW_SLOTS, PagedCounters
 from qdist.stats.entries import Entries
 from qdist.stats.groups import GroupColumns, GroupHistograms
 from qdist.stats.histogram import Exact, Histogram
@@ -265,18 +264,3 @@ class CalibrationRecord:
             str((grid.VERSION, self.n_samples)).encode(),
             digest_arrays(self.arrays().items()).encode(),
         )
-
-
-def merge_all(records: Iterable[CalibrationRecord], tensors: Iterable[str]) -> CalibrationRecord:
-    """Merge any number of records; none gives the empty record.
-
-    Linear in the entries of all: their counts go into counters one record after the other, and two
-    records are held at most. Raises `ValueError` as `CalibrationRecord.merge` does.
-    """
-    names = tuple(tensors)
-    counters = PagedCounters(len(names))
-    merged = CalibrationRecord.empty(names)
-    for record in records:
-        counters.add(record.histograms.keys, record.histograms.counts)
-        merged = merged.merge(replace(record, histograms=Entries.empty()))
-    return replace(merged, histograms=counters.entries(0, len(names) * ROW_SLOTS))

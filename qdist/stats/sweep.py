@@ -619,6 +619,224 @@ def sweep(
         state[1] = max(state[1], np.int64(largest))
 
 
+def is_rows(n_elements: int, n_lanes: int) -> bool:
+    """Whether `sweep_rows` takes a tensor of so many elements and lanes."""
+    return 64 <= n_lanes <= 2048 and n_elements % n_lanes == 0 and n_elements >= SMALL
+
+
+@compiled
+def _widen_rows(
+    values: NDArray[np.float32],
+    lows: NDArray[np.float32],
+    highs: NDArray[np.float32],
+    most: NDArray[np.float32],
+) -> Any:
+    """Whole rows of finite lanes. Returns a key of magnitude that no value is above.
+
+    ``most`` float32[lanes] is scratch: the largest |x| of each lane in these rows.
+    """
+    n = lows.size
+    most[:] = np.float32(0)
+    done = 0
+    while done + 4 * n <= values.size:
+        # Four rows at once, so that the lanes are read and written once for them.
+        first, second = values[done : done + n], values[done + n : done + 2 * n]
+        third, fourth = values[done + 2 * n : done + 3 * n], values[done + 3 * n : done + 4 * n]
+        for i in range(n):
+            a, b, c, d = first[i], second[i], third[i], fourth[i]
+            ab, cd = a if a < b else b, c if c < d else d
+            least = ab if ab < cd else cd
+            ab, cd = a if a > b else b, c if c > d else d
+            greatest = ab if ab > cd else cd
+            lows[i] = least if least < lows[i] else lows[i]
+            highs[i] = greatest if greatest > highs[i] else highs[i]
+            magnitude = greatest if greatest > -least else -least
+            most[i] = magnitude if magnitude > most[i] else most[i]
+        done += 4 * n
+    while done < values.size:
+        row = values[done : done + n]
+        for i in range(n):
+            x = row[i]
+            lows[i] = x if x < lows[i] else lows[i]
+            highs[i] = x if x > highs[i] else highs[i]
+            magnitude = x if x > -x else -x
+            most[i] = magnitude if magnitude > most[i] else most[i]
+        done += n
+    bits = most.view(np.uint32)
+    found = np.uint32(0)
+    for i in range(n):
+        found = np.uint32(max(found, np.uint32(bits[i] & np.uint32(0x7FFFFFFF))))
+    return (np.int64(found) << 1) | 1
+
+
+@compiled
+def _push_rows(
+    block: NDArray[np.uint32],
+    most: NDArray[np.float32],
+    top: NDArray[np.uint32],
+    limit: int,
+    state: NDArray[np.int64],
+) -> None:
+    """Offer the values of whole rows to the largest; ``most``: what `_widen_rows` found there."""
+    lanes = most.view(np.uint32)
+    n, above = state[3], state[4]
+    for left in range(0, lanes.size, 64):
+        part = lanes[left : left + 64]
+        found = np.uint32(0)
+        # A loop of known length becomes a few wide instructions.
+        if part.size == 64:
+            for i in range(64):
+                found = np.uint32(max(found, np.uint32(part[i] & np.uint32(0x7FFFFFFF))))
+        else:
+            found = np.uint32(0x7FFFFFFF)
+        if ((np.int64(found) << 1) | 1) <= above:
+            continue
+        for i in range(part.size):
+            if ((np.int64(part[i] & np.uint32(0x7FFFFFFF)) << 1) | 1) <= above:
+                continue
+            for place in range(left + i, block.size, lanes.size):
+                b = block[place]
+                key = np.uint32(np.uint32(b << np.uint32(1)) | np.uint32(b >> np.uint32(31)))
+                if np.int64(key) > above:
+                    if n == top.size:
+                        above, n = _keep_largest(top, n, limit), limit
+                        if np.int64(key) <= above:
+                            continue
+                    top[n] = key
+                    n += 1
+    state[3], state[4] = n, above
+
+
+@compiled
+def _offer_blocks(
+    group: NDArray[np.uint32],
+    size: int,
+    most: NDArray[np.int64],
+    top: NDArray[np.uint32],
+    limit: int,
+    state: NDArray[np.int64],
+    page_of: NDArray[np.int32],
+    first_slot: int,
+    pool: NDArray[np.uint64],
+) -> None:
+    """Offer blocks of ``size`` values, which are counted already, to the largest; ``most``: for
+    each block, a key of magnitude that none of its values is above."""
+    some = np.int64(-1)
+    for i in range(most.size):
+        some = max(some, most[i])
+    if some <= state[4]:
+        return
+    # The counts bound what can be among the largest before a single value is looked at again.
+    state[4] = max(state[4], _bound(page_of, first_slot, pool, limit))
+    heads = np.empty(32, np.int64)
+    for i in range(most.size):
+        block = group[i * size : (i + 1) * size]
+        if most[i] <= state[4]:
+            continue
+        for start in range(0, block.size, 4096):
+            piece = block[start : start + 4096]
+            _magnitudes(piece, heads)
+            for j in range((piece.size + 127) // 128):
+                if heads[j] > state[4]:
+                    _push(piece[128 * j : 128 * j + 128], top, limit, state)
+
+
+@compiled
+def _has_special(scratch: NDArray[np.uint16]) -> bool:
+    """Whether infinities or NaNs were counted."""
+    words = scratch.view(np.uint64)
+    positive, negative = words[255 * 128 : 256 * 128], words[511 * 128 : 512 * 128]
+    some = np.uint64(0)
+    for i in range(128):
+        some |= positive[i] | negative[i]
+    return some != np.uint64(0)
+
+
+@compiled
+def _uncount(bits: NDArray[np.uint32], scratch: NDArray[np.uint16]) -> None:
+    """Undo `_count`."""
+    for i in range(bits.size):
+        scratch[np.uint64(bits[i] >> np.uint32(16)) * np.uint64(4) + np.uint64(i & 3)] -= np.uint16(
+            1
+        )
+
+
+@compiled
+def sweep_rows(
+    bits: NDArray[np.uint32],
+    lows: NDArray[np.int32],
+    highs: NDArray[np.int32],
+    row: int,
+    states: NDArray[np.int64],
+    tops: NDArray[np.uint32],
+    limit: int,
+    page_of: NDArray[np.int32],
+    pool: NDArray[np.uint64],
+    used: NDArray[np.int64],
+    scratch: NDArray[np.uint16],
+    clean: NDArray[np.uint32],
+) -> None:
+    """As `sweep` with lanes from the first element on, for whole rows of 64 to 2,048 of them.
+
+    A block is some rows, counted first. That tells whether all is finite, so that one more pass
+    finds the extrema of the lanes and bounds on the largest values at once.
+    """
+    state, top = states[row], tops[row]
+    first_slot = row * 512
+    n = lows.size
+    low, high, lane_most = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.float32)
+    _lanes_of(lows, highs, low, high)
+    size = max(4, 4096 // n // 4 * 4) * n
+    per_group = 258048 // size
+    all_most = np.empty(per_group, np.int64)
+    for group_start in range(0, bits.size, size * per_group):
+        group = bits[group_start : group_start + size * per_group]
+        waiting = n_blocks = 0
+        for start in range(0, group.size, size):
+            block = group[start : start + size]
+            b = block[0]
+            is_constant = False
+            if b == block[block.size - 1] and b == block[block.size // 2]:
+                least, greatest = _extrema(block.view(np.int32))
+                is_constant = least == greatest
+            if is_constant:
+                _count_constant(b, block.size, scratch)
+            else:
+                _count(block, scratch)
+            waiting += block.size
+            if not _has_special(scratch):
+                found = _widen_rows(block.view(np.float32), low, high, lane_most)
+                if limit > 0 and state[4] >= 0 and found > state[4]:
+                    _push_rows(block, lane_most, top, limit, state)
+                    found = np.int64(-1)
+                # Where no bound is known yet, the counts will give one.
+                all_most[n_blocks] = found
+                n_blocks += 1
+                continue
+            if is_constant:
+                scratch[np.int64(b >> np.uint32(16)) * 4 : np.int64(b >> np.uint32(16)) * 4 + 4] = 0
+            else:
+                _uncount(block, scratch)
+            waiting -= block.size
+            # No bound: all are looked at.
+            all_most[n_blocks] = 0xFFFFFFFF
+            n_blocks += 1
+            for piece_start in range(0, block.size, 4096):
+                piece = block[piece_start : piece_start + 4096]
+                state[2] += _quiet(piece, clean)
+                piece = clean[: piece.size]
+                _count_directly(piece, page_of, first_slot, pool, used)
+                _widen_lanes(piece.view(np.float32), piece_start, True, low, high)
+        if waiting:
+            _flush(scratch, waiting, page_of, first_slot, pool, used)
+        if limit > 0:
+            most = all_most[:n_blocks]
+            _offer_blocks(group, size, most, top, limit, state, page_of, first_slot, pool)
+    least, greatest = _keys_of(low, high, lows, highs)
+    state[0] = min(state[0], np.int64(least))
+    state[1] = max(state[1], np.int64(greatest))
+
+
 @compiled
 def widen_kept(
     bits: NDArray[np.uint32],

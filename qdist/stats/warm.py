@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from qdist.stats.accumulator import Accumulator
-from qdist.stats.record import CalibrationRecord, merge_all
+from qdist.stats.merger import merge_all
+from qdist.stats.record import CalibrationRecord
 
 _NAMES = ("lanes", "runs", "few")
 
@@ -25,7 +26,8 @@ def warm() -> None:
         accumulator.add(2, np.sign(values))
         accumulator.add_samples(1)
         records.append(accumulator.record())
-    merge_all(records, _NAMES)
+    again = CalibrationRecord.from_arrays(_NAMES, 1, records[0].arrays())
+    merge_all([*records, again], _NAMES)
 
 
 if __name__ == "__main__":

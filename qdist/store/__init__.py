@@ -8,8 +8,10 @@
 ``zarr_store``  the store: ``create_store``, ``open_store``.
 ``layout``      the objects that it consists of, schema 2.
 ``container``   a Zarr v3 group in one object.
+``chunks``      its arrays straight from their chunks, as Zarr would read them.
 ``records``     records as containers under names that say what is in them.
 ``merges``      finished merges, and which is the latest.
+``nodes``       merges of some records only: the inner nodes of a merge of many.
 ``sweep``       removing what nothing refers to any more.
 ``portable``    a finished calibration in one file.
 ``location``    folder or URL; ``place`` what both have in common, ``local`` and ``remote`` each.

@@ -6,6 +6,8 @@
     tapsets/<tap set>.json              names of the tensors that one run measured
     records/<receipt>.<write>.<sha>.zip one record: a Zarr group, see `container`
     receipts/<receipt>.json             which samples and tap set, and where the record is
+    inner/<node>.<write>.<sha>.zip      the merge of some shards' records: an inner node of a merge
+    nodes/<node>.json                   where the inner node of this name is
     merges/<name>.<write>.<sha>.zip     a merged record with its taps and micro-batches
     finished/<name>.json                where the merge of this name is
     documents/<name>.json               small JSON values of others
@@ -15,7 +17,8 @@
 A record comes first, under a name of its own that carries the SHA-256 of its bytes; its receipt is
 created last, only if absent. So a shard's commit is two objects (and the tap set once), the first
 complete result wins, and half of one never counts. No record is ever written again, and only what
-nobody can want is deleted. JSON documents carry the digest of what they say.
+nobody can want is deleted. Inner nodes are kept in the same way, and made again where they are
+lost. JSON documents carry the digest of what they say.
 """
 
 from __future__ import annotations
@@ -34,8 +37,10 @@ ROOT = "zarr.json"
 HEAD = "head.json"
 TAP_SETS, RECORDS, RECEIPTS = "tapsets", "records", "receipts"
 MERGES, FINISHED, DOCUMENTS = "merges", "finished", "documents"
+INNER, NODES = "inner", "nodes"
 SPOOL = "spool"
 
+_NODES_OF = "nodes-"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 _WRITE = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)\.([0-9a-f]{16})\.([0-9a-f]{64})\.zip")
 
@@ -45,6 +50,16 @@ def json_key(folder: str, name: str) -> str:
     if _NAME.fullmatch(name) is None:
         raise ValueError(f"{name!r}: letters, digits, - and _ make a name, 128 at most")
     return f"{folder}/{name}.json"
+
+
+def nodes_document(merge: str) -> str:
+    """Name of the document that lists the inner nodes of a finished merge."""
+    return f"{_NODES_OF}{merge}"
+
+
+def merge_of_nodes(document: str) -> str | None:
+    """The merge that a document of `nodes_document` belongs to; None for any other document."""
+    return document.removeprefix(_NODES_OF) if document.startswith(_NODES_OF) else None
 
 
 def write_key(folder: str, name: str, sha256: str) -> str:

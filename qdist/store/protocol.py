@@ -85,6 +85,22 @@ class CalibrationStore(Protocol):
         """
         ...
 
+    def nodes(self) -> frozenset[str]:
+        """Names of the inner nodes of merges that are kept, sound or not."""
+        ...
+
+    def keep_node(self, name: str, record: CalibrationRecord) -> bool:
+        """Keep the merge of some records under a name that says of which; False when another
+        process was first.
+
+        Raises `ValueError` for a name that is not made of letters, digits, ``-`` and ``_``.
+        """
+        ...
+
+    def node(self, name: str, tensors: Sequence[str]) -> CalibrationRecord | None:
+        """An inner node, whose rows are these; None where absent, or damaged and so removed."""
+        ...
+
     def finish(
         self,
         name: str,

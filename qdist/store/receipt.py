@@ -34,7 +34,7 @@ class ShardReceipt:
     batches: tuple[Batch, ...]
     tensors: tuple[str, ...]
     record_digest: str
-    made_by: dict[str, Any] = field(default_factory=dict)
+    made_by: dict[str, Any] = field(default_factory=dict, hash=False)
     kept_in: str = field(default="", compare=False)
 
     @property

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qdist.digest import digest_json
 from qdist.stats.record import CalibrationRecord
 from qdist.store import failures
 from qdist.store.container import Container, checksum
 from qdist.store.layout import SCHEMA, write_key, written
 from qdist.store.place import Place
+from qdist.store.receipt import tap_set_digest
 
 
 def pack_record(record: CalibrationRecord, documents: Mapping[str, Any] | None = None) -> bytes:
     """A record in one object. Its rows are named by their digest alone."""
     own = {
         "schema": SCHEMA,
-        "tap_set": digest_json(list(record.tensors)),
+        "tap_set": tap_set_digest(record.tensors),
         "n_samples": record.n_samples,
         "record_digest": record.digest,
     }
@@ -32,7 +32,7 @@ def unpack_record(container: Container, tensors: Sequence[str]) -> CalibrationRe
     Its digest is for the caller to check: that of the bytes is cheaper, where it is known.
     """
     own = container.attributes["qdist"]
-    if own["schema"] != SCHEMA or own["tap_set"] != digest_json(list(tensors)):
+    if own["schema"] != SCHEMA or own["tap_set"] != tap_set_digest(tuple(tensors)):
         raise ValueError("a record of other tensors")
     return CalibrationRecord.from_arrays(tensors, int(own["n_samples"]), container.arrays)
 

@@ -17,6 +17,8 @@ _FOLDERS = (
     layout.TAP_SETS,
     layout.RECORDS,
     layout.RECEIPTS,
+    layout.INNER,
+    layout.NODES,
     layout.MERGES,
     layout.FINISHED,
     layout.DOCUMENTS,
@@ -33,7 +35,8 @@ class Swept:
 
 
 def sweep(store: ZarrStore, *, older_than_s: float = DAY_S, keep_merges: int = 3) -> Swept:
-    """Remove leftovers of dead processes, and merges that newer ones have superseded.
+    """Remove leftovers of dead processes, and merges that newer ones have superseded, with the
+    inner nodes that only these were made of.
 
     Only objects written more than ``older_than_s`` ago, by the clock of the place: unfinished
     files, what pipelines left, records without a receipt, merges that their name no longer means,
@@ -51,6 +54,7 @@ def sweep(store: ZarrStore, *, older_than_s: float = DAY_S, keep_merges: int = 3
     # A pipeline that misses what it left runs the stage before again.
     sweeper.remove(layout.SPOOL, _whole(store.place, layout.SPOOL))
     _sweep_merges(store, sweeper, keep_merges)
+    _sweep_nodes(store, sweeper)
     _sweep_records(store, sweeper)
     return Swept(removed=tuple(sorted(sweeper.removed)), n_bytes=sweeper.n_bytes)
 
@@ -112,6 +116,28 @@ def _listed(store: ZarrStore) -> set[str]:
         if isinstance(merges, list):
             names.update(str(name) for name in merges)
     return names
+
+
+def _sweep_nodes(store: ZarrStore, sweeper: _Sweeper) -> None:
+    place = store.place
+    # Before the names that refer to them, as with merges.
+    kept_nodes = _whole(place, layout.INNER)
+    pointers = _whole(place, layout.NODES)
+    finished = set(store.finished())
+    used: set[str] = set()
+    for entry in _whole(place, layout.DOCUMENTS):
+        merge = layout.merge_of_nodes(entry.name.removesuffix(".json"))
+        if merge in finished:
+            told = store.document(layout.nodes_document(merge)) or {}
+            used.update(str(name) for name in told.get("nodes", ()))
+        elif merge is not None:
+            sweeper.remove(layout.DOCUMENTS, [entry])
+    sweeper.remove(layout.NODES, (e for e in pointers if e.name.removesuffix(".json") not in used))
+    names = (entry.name.removesuffix(".json") for entry in _whole(place, layout.NODES))
+    referred = {store.node_kept_in(name) for name in names}
+    sweeper.remove(
+        layout.INNER, (e for e in kept_nodes if f"{layout.INNER}/{e.name}" not in referred)
+    )
 
 
 def _sweep_records(store: ZarrStore, sweeper: _Sweeper) -> None:

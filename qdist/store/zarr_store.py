@@ -17,6 +17,7 @@ from qdist.store.identity import Identity
 from qdist.store.layout import json_key, sealed, unsealed
 from qdist.store.location import open_place
 from qdist.store.merges import Merges
+from qdist.store.nodes import Nodes
 from qdist.store.place import PARTIAL, Entry, Place
 from qdist.store.protocol import FinishedMerge
 from qdist.store.receipt import Batch, ShardReceipt, tap_set_digest
@@ -67,6 +68,7 @@ class ZarrStore:
         self.place = place
         self._root = root
         self._merges = Merges(place)
+        self._nodes = Nodes(place)
         self._tap_sets: dict[str, tuple[str, ...]] = {}
         self._receipts: dict[tuple[str, str], ShardReceipt] = {}
 
@@ -159,6 +161,22 @@ class ZarrStore:
         if layout.written(layout.RECORDS, kept_in) is not None:
             self.place.delete(kept_in)
 
+    def nodes(self) -> frozenset[str]:
+        """Names of the inner nodes that are kept. Raises QD408."""
+        return self._nodes.names() or self._missed(frozenset)
+
+    def keep_node(self, name: str, record: CalibrationRecord) -> bool:
+        """Keep an inner node; False when another process was first. Raises QD404, QD408."""
+        self._require_root()
+        return self._nodes.keep(name, record)
+
+    def node(self, name: str, tensors: Sequence[str]) -> CalibrationRecord | None:
+        """An inner node; None where absent or damaged. Raises QD404, QD408."""
+        found = self._nodes.find(name, tensors)
+        if found is None:
+            self._require_root()
+        return found
+
     def finish(
         self,
         name: str,
@@ -214,6 +232,10 @@ class ZarrStore:
     def merge_kept_in(self, name: str) -> str | None:
         """Key of the object that holds a finished merge; None where absent or damaged."""
         return self._merges.kept_in(name)
+
+    def node_kept_in(self, name: str) -> str | None:
+        """Key of the object that holds an inner node; None where absent or damaged."""
+        return self._nodes.kept_in(name)
 
     def _require_root(self) -> None:
         """The store must still be the one that was opened. Raises QD401, QD408."""

@@ -16,6 +16,7 @@ import pytest
 
 import actors.calibrate
 from actors.calibrate import CalibrationProgress, calibrate
+from actors.pool import WorkerPool
 from actors.session import ClusterSpec, RaySession
 from qdist.calibration import CalibrationJob, CalibrationSettings, Merged, calibrate_here, prepare
 from qdist.data.arrays import ArraySource
@@ -113,10 +114,54 @@ def test_a_worker_that_is_killed_in_the_middle_changes_no_bit(
     assert "is tried again" in said
     assert f"pid {killed[0]}" in said
     assert states[-1].done == states[-1].total == 160
-    assert [state.n_merged for state in states if state.n_records == 80] == [*range(1, 81)]
+    n_merged = [state.n_merged for state in states if state.n_records == 80]
+    assert n_merged == sorted(n_merged)
+    assert n_merged[-1] == 80
+    # As a tree: five nodes of sixteen, made by the workers.
+    assert len(store.nodes()) == 5
     assert min(state.n_workers for state in states[2:]) == 1
     pids = {receipt.made_by["pid"] for receipt in store.receipts()}
     assert killed[0] in pids, "what the dead worker had finished still counts"
+
+
+def test_a_worker_that_is_killed_while_merging_changes_no_bit(
+    expected: tuple[str, str],
+    cluster: RaySession,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With nothing to measure, and workers that have no model."""
+    job = job_of(shard_samples=2)
+    calibrate_here(job, SOURCE, store_of(tmp_path / "s", job))
+    for part in ("finished", "merges", "nodes", "inner"):
+        shutil.rmtree(tmp_path / "s" / part)
+    pools: list[WorkerPool[Any, Any]] = []
+    enter = WorkerPool.__enter__
+
+    def seen(pool: WorkerPool[Any, Any]) -> WorkerPool[Any, Any]:
+        pools.append(pool)
+        return enter(pool)
+
+    monkeypatch.setattr(WorkerPool, "__enter__", seen)
+    monkeypatch.setattr(actors.calibrate, "is_worth_a_pool", lambda *_: True)
+    states: list[CalibrationProgress] = []
+    killed: list[int] = []
+
+    def watch(state: CalibrationProgress) -> None:
+        states.append(state)
+        if state.n_merged and not killed:
+            killed.append(int(pools[0].facts[0]["pid"]))
+            os.kill(killed[0], signal.SIGKILL)
+            assert state.n_merged < 80, "too late to be in the middle"
+
+    merged = run(tmp_path / "s", 2, job, watch)
+    assert (merged.record.digest, plan_digest(job, merged)) == expected
+    assert len(pools) == len(killed) == 1
+    said = "\n".join(state.message for state in states if state.message)
+    assert "worker merge-0 is gone" in said
+    assert {(state.done, state.resumed) for state in states} == {(160, 160)}
+    assert [state.n_merged for state in states if state.n_records][-1] == 80
+    assert len(open_store(tmp_path / "s").nodes()) == 5
 
 
 def test_a_damaged_record_is_measured_again_in_the_same_run(

@@ -23,6 +23,7 @@ from qdist.model.graph import Graph
 from qdist.model.half import widened
 from qdist.model.segments import Segment, cut, cut_at, whole
 from qdist.model.session import measuring_session, run
+from qdist.model.stretches import Stretches
 from qdist.model.taps import TapTable, find_taps
 from qdist.model.within import run_within
 from qdist.stats.observer import Observer, ObserverSpec
@@ -232,6 +233,35 @@ def test_records_are_the_same_wherever_a_model_is_cut(
     segments = cut_at(it.graph, it.taps, it.shapes(n), positions)
     expected = digest(it, [whole(it.graph, it.taps)], seeds, n)
     assert digest(it, segments, seeds, n, spool_bytes=spool_bytes) == expected
+
+
+@pytest.mark.parametrize("name", list(MAKERS))
+@given(
+    stretch_bytes=st.one_of(st.just(1), st.integers(1, 4000)),
+    seeds=st.lists(st.integers(0, 9), min_size=1, max_size=3),
+    wanted=st.lists(st.integers(0, 99), max_size=6),
+    n=st.integers(1, 3),
+)
+@settings(max_examples=12, deadline=None)
+def test_stretches_put_out_the_bits_of_one_session(
+    name: str, stretch_bytes: int, seeds: list[int], wanted: list[int], n: int
+) -> None:
+    it = case(name)
+    graph_bytes, folder = whole(it.graph, it.taps).graph_bytes, it.frozen.data_folder
+    session = measuring_session(graph_bytes, folder, EXECUTION)
+    every = [output.name for output in session.get_outputs()]
+    outputs = list(dict.fromkeys(every[i % len(every)] for i in wanted)) or every
+    runner = Stretches(graph_bytes, outputs, folder, EXECUTION, stretch_bytes=stretch_bytes)
+    for turn, seed in enumerate(seeds):
+        # The first feeds decide where to divide; others may have another batch.
+        feeds = it.feeds(seed, n + turn % 2)
+        found = {name: array for part in runner.parts(feeds) for name, array in part.items()}
+        assert sorted(found) == sorted(outputs)
+        for output, array in zip(outputs, run(session, outputs, feeds), strict=True):
+            assert found[output].dtype == array.dtype
+            assert found[output].tobytes() == array.tobytes()
+    if stretch_bytes == 1 and outputs == every:
+        assert len(runner) > len(every) // 2
 
 
 @pytest.mark.parametrize("name", list(MAKERS))

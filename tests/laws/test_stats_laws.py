@@ -18,7 +18,8 @@ from qdist.stats import grid, sweep
 from qdist.stats.accumulator import Accumulator
 from qdist.stats.histogram import Density, Histogram
 from qdist.stats.kernels import count_bits, merge_sorted
-from qdist.stats.record import CalibrationRecord, merge_all
+from qdist.stats.merger import merge_all
+from qdist.stats.record import CalibrationRecord
 from qdist.stats.spec import GroupRequest, StatisticsSpec
 from tests.plain_statistics import SPECIAL_BITS, Batch, assert_measured, counted_plainly
 

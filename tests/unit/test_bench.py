@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pytest
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from bench_cluster import Cluster, pipeline, spread  # noqa: E402
+from bench_cluster import Cluster, _merge_s, pipeline, spread  # noqa: E402
 from bench_engine import Subject, user_session  # noqa: E402
 from bench_estimate import (  # noqa: E402
     Constants,
@@ -26,6 +26,7 @@ from bench_estimate import (  # noqa: E402
     encoder_workload,
     fit,
     predicted_s,
+    record_s,
 )
 from bench_models import EncoderShape, build_encoder, encoder_case  # noqa: E402
 from bench_ort import SampleReader, collect, make_calibrator  # noqa: E402
@@ -39,6 +40,8 @@ KNOWN = Constants(
     tensor_s=1e-5,
     commit_s=1e-4,
     merge_s=2e-4,
+    merge_channel_s=1e-8,
+    finish_s=3e-4,
     row_bytes=4000.0,
     channel_bytes=6.0,
 )
@@ -193,15 +196,25 @@ def test_constants_that_made_the_times_are_found_again() -> None:
                 micro_batch=4,
                 sample_s=sample_s,
                 commit_s=KNOWN.commit_s,
-                merge_s=KNOWN.merge_s,
+                record_s=record_s(workload, KNOWN),
+                finish_s=KNOWN.finish_s,
                 total_s=seconds["total"],
                 record_bytes=KNOWN.row_bytes * workload.n_tensors
                 + KNOWN.channel_bytes * workload.n_channels,
             )
         )
     found = fit(cases, KNOWN.flop_s)
-    for name in ("flop_s", "element_s", "tensor_s", "commit_s", "row_bytes", "channel_bytes"):
-        assert getattr(found, name) == pytest.approx(getattr(KNOWN, name), rel=1e-6), name
+    for name, value in asdict(KNOWN).items():
+        assert getattr(found, name) == pytest.approx(value, rel=1e-6), name
+
+
+def test_a_tree_merges_many_shards_in_the_time_of_few() -> None:
+    """Beyond what one process merges at once, time grows with the levels, not with the shards."""
+    workload, cluster = decoder_workload(DecoderShape()), Cluster()
+    few, many = (_merge_s(workload, KNOWN, cluster, n) for n in (32, 512))
+    assert few < many < 2 * few
+    alone = replace(cluster, n_nodes=1, n_workers=1)
+    assert _merge_s(workload, KNOWN, alone, 512) > 16 * few
 
 
 def test_more_samples_cost_in_proportion_and_weights_are_read_once() -> None:

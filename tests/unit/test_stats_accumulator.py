@@ -146,6 +146,20 @@ def test_one_special_value_in_one_block_counts_alone(bits: int, place: int) -> N
         )
 
 
+@pytest.mark.parametrize("n_lanes", [64, 100, 384, 1030, 1536, 2048])
+@pytest.mark.parametrize("kind", ["gauss", "rising", "relu", "mask"])
+def test_rows_of_lanes_over_several_groups_of_blocks(n_lanes: int, kind: str) -> None:
+    n_rows = sweep.BLOCK * sweep.FLUSH_BLOCKS // n_lanes + 7
+    parts: list[Batch] = [
+        (tensor((n_rows, n_lanes), kind, seed, 2 * seed), None) for seed in (0, 1)
+    ]
+    # Later ones are compared with a bound that is known, in blocks that are short or constant too.
+    parts += [(tensor((37, n_lanes), kind, 3, 0) * np.float32(2), None)]
+    parts += [(np.full((9, n_lanes), fill, np.float32), None) for fill in (9, -0.0, np.inf, np.nan)]
+    record, _ = measured(parts, StatisticsSpec(), -1)
+    assert_measured(record, {"x": parts}, StatisticsSpec(), {"x": -1})
+
+
 @pytest.mark.parametrize("dtype", ["f2", "f8", ">f4", "i4"])
 def test_other_types_count_as_their_float32(dtype: str) -> None:
     values = np.arange(-700, 3000, dtype=dtype).reshape(4, -1)

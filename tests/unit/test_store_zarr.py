@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -23,6 +25,7 @@ from numpy.typing import NDArray
 
 from qdist.errors import ConfigError, StoreError
 from qdist.stats.record import CalibrationRecord
+from qdist.store import chunks, container
 from qdist.store.container import CHUNK_ITEMS, UNREADABLE, Container
 from qdist.store.layout import sealed, unsealed
 from qdist.store.local import LocalPlace
@@ -242,15 +245,71 @@ def test_arrays_of_any_size_come_back_and_equal_contents_make_equal_bytes() -> N
         "chunks": np.arange(CHUNK_ITEMS + 5, dtype=np.uint8),
         "rows": np.arange(2 * 7, dtype=np.float32).reshape(7, 2),
     }
-    container = Container(arrays=arrays, attributes={"n": 1}, documents={"said": ["ü", None]})
-    data = container.pack()
-    assert container.pack() == data
+    packed = Container(arrays=arrays, attributes={"n": 1}, documents={"said": ["ü", None]})
+    data = packed.pack()
+    assert packed.pack() == data
     again = Container.unpack(data)
     assert (again.attributes, again.documents) == ({"n": 1}, {"said": ["ü", None]})
     assert again.arrays.keys() == arrays.keys()
     for name, array in arrays.items():
         assert again.arrays[name].dtype == array.dtype
         assert np.array_equal(again.arrays[name], array)
+
+
+def members_of(data: bytes) -> dict[str, bytes]:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return {key: archive.read(key) for key in archive.namelist()}
+
+
+@pytest.mark.parametrize("n_items", [1, 4, 10, CHUNK_ITEMS])
+def test_chunks_are_decoded_as_zarr_decodes_them(
+    n_items: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(container, "CHUNK_ITEMS", n_items)
+    arrays = record_of(5).arrays() | {
+        "none": np.zeros((0, 6), np.int64),
+        "rows": np.arange(2 * 7, dtype=np.float32).reshape(7, 2),
+        "deep": np.arange(2 * 3 * 5, dtype=np.uint64).reshape(5, 3, 2),
+    }
+    members = members_of(Container(arrays=arrays, attributes={}).pack())
+    for name, array in arrays.items():
+        found = chunks.decoded(name, members)
+        assert found is not None
+        assert found.dtype == array.dtype
+        assert np.array_equal(found, array)
+        assert np.array_equal(found, container._by_zarr(name, members))
+        keys = [key for key in members if key.startswith(f"{name}/c/")]
+        assert bool(keys) == bool(array.size)
+        for key in keys[:2]:
+            for damaged in (members[key][:-1], members[key][:3], b"\0" + members[key][1:]):
+                with pytest.raises(ValueError, match="another checksum"):
+                    chunks.decoded(name, {**members, key: damaged})
+            # Zarr knows what a missing chunk stands for.
+            assert chunks.decoded(name, {k: m for k, m in members.items() if k != key}) is None
+
+
+def test_a_chunk_of_another_size_is_refused() -> None:
+    one, other = (
+        members_of(Container(arrays={"a": np.arange(n)}, attributes={}).pack()) for n in (5, 6)
+    )
+    with pytest.raises(ValueError, match="another size"):
+        chunks.decoded("a", {**one, "a/c/0": other["a/c/0"]})
+
+
+def test_what_zarr_wrote_in_another_way_is_read_by_zarr() -> None:
+    members: dict[str, Any] = {}
+    group = zarr.create_group(zarr.storage.MemoryStore(members), attributes={"n": 1})
+    array = np.arange(24, dtype=np.int64).reshape(6, 4)
+    group.create_array("a", data=array, chunks=(4, 3))
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for key, content in members.items():
+            archive.writestr(key, content.to_bytes())
+    found = Container.unpack(packed.getvalue())
+    assert found.attributes == {"n": 1}
+    assert np.array_equal(found.arrays["a"], array)
+    held = members_of(packed.getvalue())
+    assert chunks.decoded("a", held) is None
 
 
 def test_damaged_containers_raise_what_they_are_said_to_raise() -> None:
