@@ -102,7 +102,9 @@ def fit(density: Density) -> Fit:
     # An interval around the mean has its deviations on both sides.
     around = (left < 0) & (right > 0)
     deviation = np.where(
-        around, (left**2 + right**2) / (2.0 * np.where(around, width, 1.0)), np.abs(left + right) / 2
+        around,
+        (left**2 + right**2) / (2.0 * np.where(around, width, 1.0)),
+        np.abs(left + right) / 2,
     )
     b = float(np.dot(counts, deviation) / total)
     square = float(np.dot(counts, _mean_square(left, right)) / total)

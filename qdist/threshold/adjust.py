@@ -13,9 +13,7 @@ from qdist.threshold.clip import Levels, Threshold
 from qdist.threshold.error import measured
 
 
-def scale_threshold(
-    found: Threshold, factor: float, density: Density, levels: Levels
-) -> Threshold:
+def scale_threshold(found: Threshold, factor: float, density: Density, levels: Levels) -> Threshold:
     """Both bounds times ``factor`` > 0; above 1 the range may exceed what was seen.
 
     Raises `ValueError` for a factor that is not finite and positive.

@@ -3,8 +3,8 @@
 No method wins everywhere (H. Wu et al., "Integer quantization for deep learning inference", 2020:
 the entropy range ruins one network and saves another), so several are asked for their range, and
 the range whose error hurts the tensor's readers least is taken: the sum over the readers of the
-expected error of their outputs, each as a share of its output (`qdist.threshold.consumer`). Where no
-reader is known, the error in the tensor alone decides, and the note says so.
+expected error of their outputs, each as a share of its output (`qdist.threshold.consumer`). Where
+no reader is known, the error in the tensor alone decides, and the note says so.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def auto(density: Density, levels: Levels) -> tuple[float, float]:
 
 def choose(density: Density, levels: Levels, consumers: Sequence[Consumer] = ()) -> Chosen:
     """The candidate of least expected error in ``consumers``, or in the tensor without any."""
-    ranges = {}
+    ranges: dict[tuple[float, float], str] = {}
     for name, method, parameters in CANDIDATES:
         if name.startswith("kl") and n_halves(levels) >= 2048:
             continue  # More levels than bins: it would be the maximum.
@@ -68,10 +68,10 @@ def choose(density: Density, levels: Levels, consumers: Sequence[Consumer] = ())
     else:
         note = TENSOR_ALONE
     errors = {
-        bounds: sum(output_error(density, *bounds, levels, each) for each in consumers)
+        (low, high): sum(output_error(density, low, high, levels, each) for each in consumers)
         if consumers
-        else expected_mse(density, *bounds, levels)
-        for bounds in ranges
+        else expected_mse(density, low, high, levels)
+        for low, high in ranges
     }
     best = min(errors, key=lambda bounds: errors[bounds])
     return Chosen(low=best[0], high=best[1], method=ranges[best], error=errors[best], note=note)

@@ -68,9 +68,7 @@ def mean_threshold(
     else:
         low = float(np.mean([each.low for each in found]))
         high = float(np.mean([each.high for each in found]))
-        threshold = measured(
-            whole, low, high, levels, method=found[0].method, note=found[0].note
-        )
+        threshold = measured(whole, low, high, levels, method=found[0].method, note=found[0].note)
     return BlockThreshold(
         threshold=threshold,
         n_used=len(used),

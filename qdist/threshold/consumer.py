@@ -9,9 +9,9 @@ weights of an output.
 *Clipping* is not. It falls on the channels that reach beyond the range, and on no others, so their
 weights count: a channel of large values and small weights, as after a normalization with uneven
 gains, may be clipped where the mean over channels would forbid it. And it is correlated with the
-signal: clipped values are too small, all of them. Regressed on x, ``e = -a x + r``, the part ``a x``
-shrinks the whole output, by ``a^2 E[y^2]``, however many inputs each output sums over; the rest
-``r`` counts like rounding. Where inputs of a sum agree in sign, as the outputs of ReLUs under
+signal: clipped values are too small, all of them. Regressed on x, ``e = -a x + r``, the part
+``a x`` shrinks the whole output, by ``a^2 E[y^2]``, however many inputs each output sums over; the
+rest ``r`` counts like rounding. Where inputs of a sum agree in sign, as the outputs of ReLUs under
 positive weights do, ``E[y^2]`` is far above ``G E[x^2]``, and clipping costs more than the error in
 the tensor tells.
 

@@ -131,7 +131,9 @@ def _running(
 
 
 @compiled
-def _folded(counts: NDArray[np.float64], entropy: NDArray[np.float64], kept: int, p: float) -> float:
+def _folded(
+    counts: NDArray[np.float64], entropy: NDArray[np.float64], kept: int, p: float
+) -> float:
     """Sum of p ln p over the kept bins, of which the last holds ``p``."""
     return entropy[kept - 1] + (p * np.log(p) if p > 0.0 else 0.0)
 

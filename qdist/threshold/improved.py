@@ -5,8 +5,8 @@ with the least squared error, or the least KL divergence, between a tensor and i
 on a histogram of ``histogram_bins`` linear bins. A symmetric quantizer leaves one number to search.
 
 ``improved_mse`` measures the squared error on the linear bins' density, ``improved_kl`` the
-divergence of Migacz's method with a tail on either side. Both are searched on a grid of fractions of
-either bound, which is then refined around its best pair.
+divergence of Migacz's method with a tail on either side. Both are searched on a grid of fractions
+of either bound, which is then refined around its best pair.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The search for two bounds of least divergence as compiled loops; see `qdist.threshold.improved`."""
+"""The search for two bounds of least divergence as compiled loops, see `improved`."""
 
 from __future__ import annotations
 
@@ -59,9 +59,7 @@ def search_both(
 
 
 @compiled
-def joint_divergence(
-    counts: NDArray[np.float64], first: int, last: int, n_levels: int
-) -> float:
+def joint_divergence(counts: NDArray[np.float64], first: int, last: int, n_levels: int) -> float:
     """KL(P||Q) in nats of the window ``first .. last`` with both tails folded into its end bins."""
     mass, filled, entropy = _running(counts)
     return _joint(counts, mass, filled, entropy, first, last, n_levels)

@@ -100,16 +100,10 @@ def _error(
     is_symmetric: bool,
 ) -> float:
     """Summed squared error of the quantizer that `clip.scale_and_zero` makes of a range."""
-    if is_symmetric:
-        scale, zero = max(-low, high) / last, 0.0
-    else:
-        scale = (high - low) / (last - first)
-        if scale > 0.0:
-            zero = min(max(np.rint(first - low / scale), first), last)
-        else:
-            zero = 0.0
+    scale = max(-low, high) / last if is_symmetric else (high - low) / (last - first)
     if not scale > 0.0:
         return np.inf
+    zero = 0.0 if is_symmetric else min(max(np.rint(first - low / scale), first), last)
     return _side_error(plus, scale, last - zero) + _side_error(minus, scale, zero - first)
 
 

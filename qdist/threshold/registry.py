@@ -92,9 +92,7 @@ _LEVELS: dict[str, Callable[[Density, Levels], int]] = {
 """Methods that squeeze bins into levels -> how many levels there are to squeeze them into."""
 
 
-def resolve(
-    method: str, parameters: Mapping[str, Any] | None = None
-) -> tuple[str, dict[str, Any]]:
+def resolve(method: str, parameters: Mapping[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
     """The method's own name and all parameters, from that or a vendor's name in any case.
 
     Given parameters win over those that a vendor's name stands for. Raises QD501.
@@ -166,9 +164,9 @@ def find_threshold(
 ) -> Threshold:
     """The range that ``method`` chooses for a tensor, under the name of the method really used.
 
-    That is ``max`` for a divergence with no more bins than levels, the chosen one for ``auto``, and
-    ``fixed`` with the parameter ``threshold``. ``consumers``: the layers that read the tensor, which
-    ``auto`` asks. Raises QD501, QD502, QD104.
+    That is ``max`` for a divergence with no more bins than levels, the chosen one for ``auto``,
+    and ``fixed`` with the parameter ``threshold``. ``consumers``: the layers that read the tensor,
+    which ``auto`` asks. Raises QD501, QD502, QD104.
     """
     name, given = _checked(method, parameters)
     return _found(density, levels, name, given, consumers)

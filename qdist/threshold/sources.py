@@ -7,6 +7,8 @@ per tensor, per channel or per group is found in the same way for activations an
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -108,5 +110,5 @@ def _rows(
     ends = np.searchsorted(rows, np.arange(n + 1))
     return tuple(
         Density(lower=lower[a:b], upper=upper[a:b], counts=counts[a:b])
-        for a, b in zip(ends[:-1], ends[1:], strict=True)
+        for a, b in itertools.pairwise(ends)
     )
