@@ -7,18 +7,20 @@ from typing import Any
 
 from qdist.errors import PlanError
 from qdist.plan.precision import Precision, precision
-from qdist.threshold.registry import check_method
+from qdist.threshold.registry import check_method, resolve
 
 GRANULARITIES = ("tensor", "channel")
-WEIGHT_METHODS = ("auto", "max", "mse")
+WEIGHT_AUTO = "auto"
+"""``mse`` for 4-bit weights, else ``max``. What the method of this name does for activations, it
+does by the layers that read them, and nothing reads a weight but its own layer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerChoice:
     """A layer's precision, the granularity of its weights, and how ranges are found.
 
-    ``saturation``: threshold method of the activations. ``weight_saturation``: ``max``, ``mse``
-    or ``auto`` (``mse`` for 4-bit weights, else ``max``).
+    ``saturation``: threshold method of the activations. ``weight_saturation``: that of the
+    weights, or ``auto`` (``mse`` for 4-bit weights, else ``max``).
     """
 
     precision: str = "int8"
@@ -29,18 +31,16 @@ class LayerChoice:
     def __post_init__(self) -> None:
         precision(self.precision)
         check_method(self.saturation)
-        for key, value, known in (
-            ("granularity", self.granularity, GRANULARITIES),
-            ("weight_saturation", self.weight_saturation, WEIGHT_METHODS),
-        ):
-            if value not in known:
-                raise PlanError(
-                    "QD507",
-                    where=f"quantization.{key}",
-                    got=repr(value),
-                    expected=f"one of {', '.join(known)}",
-                    mend="choose one of these",
-                )
+        if self.weight_saturation != WEIGHT_AUTO:
+            check_method(self.weight_saturation, where="quantization.weight_saturation")
+        if self.granularity not in GRANULARITIES:
+            raise PlanError(
+                "QD507",
+                where="quantization.granularity",
+                got=repr(self.granularity),
+                expected=f"one of {', '.join(GRANULARITIES)}",
+                mend="choose one of these",
+            )
 
     @property
     def bits(self) -> Precision:
@@ -49,9 +49,9 @@ class LayerChoice:
 
     @property
     def weight_method(self) -> str:
-        """``max`` or ``mse``, with ``auto`` resolved."""
-        if self.weight_saturation != "auto":
-            return self.weight_saturation
+        """The method's own name, with ``auto`` resolved."""
+        if self.weight_saturation != WEIGHT_AUTO:
+            return resolve(self.weight_saturation)[0]
         return "mse" if self.bits.weight_bits == 4 else "max"
 
     def to_json(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ ask for hundreds of plans. It never runs the model.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from qdist.model.graph import FLOAT_TYPES, Graph
 from qdist.model.layers import VIEWS, Layer, LayerInput, find_layers
 from qdist.model.taps import TapTable
 from qdist.plan.choice import LayerChoice
+from qdist.plan.consumers import consumers_of
 from qdist.plan.fusion import find_fusions
 from qdist.plan.plan import LayerPlan, QuantizationPlan, QuantizedInput
 from qdist.plan.precision import activation_levels, weight_levels
@@ -27,7 +29,8 @@ from qdist.plan.weight_range import weight_quantizer
 from qdist.stats.record import CalibrationRecord
 from qdist.threshold.blocks import mean_threshold
 from qdist.threshold.clip import scale_and_zero
-from qdist.threshold.registry import find_threshold
+from qdist.threshold.consumer import Consumer
+from qdist.threshold.registry import applicable, find_threshold, resolve
 from qdist.threshold.sentinel import LEAST_GAP, LEAST_MAGNITUDE, split_sentinels
 
 
@@ -63,6 +66,7 @@ class Planner:
         self._left_out = left_out(self.layers, self.settings.scope)
         self._activations: dict[tuple[str, int, str], Quantizer | str] = {}
         self._weights: dict[tuple[Any, ...], Quantizer | str] = {}
+        self._consumers: dict[str, tuple[Consumer, ...]] = {}
 
     def choosable(self) -> tuple[Layer, ...]:
         """The layers whose choice changes anything: in scope and not fused into another."""
@@ -93,7 +97,12 @@ class Planner:
             model_digest=self.graph.model.digest,
             statistics_digest=self._record.digest,
             layers=layers,
-            notes=(*notes, *_method_notes(layers), *_fusion_notes(layers)),
+            notes=(
+                *notes,
+                *_method_notes(layers),
+                *self._auto_notes(layers),
+                *_fusion_notes(layers),
+            ),
         )
 
     def check_rules(self, rules: Iterable[Rule]) -> None:
@@ -234,12 +243,13 @@ class Planner:
         if split.body.is_empty:
             return "never held a value in calibration"
         levels = activation_levels(bits, symmetric=self.settings.symmetric)
-        parameters = self.settings.saturation_parameters
+        parameters = applicable(method, self.settings.saturation_parameters)
         if self._blocks:
             histograms = [block.histogram(row) for block in self._blocks]
             threshold = mean_threshold(histograms, levels, method, parameters).threshold
         else:
-            threshold = find_threshold(split.body, levels, method, parameters)
+            readers = self._readers(row) if resolve(method)[0] == "auto" else ()
+            threshold = find_threshold(split.body, levels, method, parameters, readers)
         scale, zero = scale_and_zero(threshold.low, threshold.high, levels)
         return Quantizer(
             bits=bits,
@@ -253,6 +263,29 @@ class Planner:
             clipped_share=threshold.clipped_share,
             expected_mse=threshold.expected_mse,
         )
+
+    def _auto_notes(self, layers: Iterable[LayerPlan]) -> list[str]:
+        """What ``auto`` chose, and for how many tensors it knew no layer that reads them."""
+        chosen = {
+            self.taps.row_of(entry.tensor): entry.quantizer.method
+            for layer in layers
+            if resolve(layer.choice.saturation)[0] == "auto"
+            for entry in layer.activations
+        }
+        if not chosen:
+            return []
+        counts = ", ".join(f"{n} {name}" for name, n in Counter(chosen.values()).most_common())
+        n_alone = sum(not self._consumers.get(row) for row in chosen)
+        alone = f"; {n_alone} by the error in the tensor alone" if n_alone else ""
+        return [f"auto chose, by the layers that read the tensors: {counts}{alone}"]
+
+    def _readers(self, row: str) -> tuple[Consumer, ...]:
+        """The layers that read a row, in scope or not: what they compute suffers all the same."""
+        if row not in self._consumers:
+            self._consumers[row] = consumers_of(
+                row, self.graph, self.layers, self.taps, self._record
+            )
+        return self._consumers[row]
 
     def _weight(self, layer: Layer, entry: LayerInput, choice: LayerChoice) -> Quantizer | str:
         bits = choice.bits.weight_bits
@@ -286,14 +319,14 @@ class Planner:
 def _method_notes(layers: Iterable[LayerPlan]) -> list[str]:
     """Where another threshold method was used than the one chosen."""
     pairs = {
-        (layer.choice.saturation, entry.quantizer.method, entry.quantizer.bits)
+        (resolve(layer.choice.saturation)[0], entry.quantizer.method, entry.quantizer.bits)
         for layer in layers
         for entry in layer.activations
     }
     return [
         f"{asked} needs more bins than levels: {used} is used for {bits}-bit layers"
         for asked, used, bits in sorted(pairs)
-        if asked != used
+        if asked not in (used, "auto") and used != "fixed"
     ]
 
 

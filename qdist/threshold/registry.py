@@ -92,7 +92,12 @@ _LEVELS: dict[str, Callable[[Density, Levels], int]] = {
 """Methods that squeeze bins into levels -> how many levels there are to squeeze them into."""
 
 
-def resolve(method: str, parameters: Mapping[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+def resolve(
+    method: str,
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    where: str = "quantization.saturation",
+) -> tuple[str, dict[str, Any]]:
     """The method's own name and all parameters, from that or a vendor's name in any case.
 
     Given parameters win over those that a vendor's name stands for. Raises QD501.
@@ -106,21 +111,39 @@ def resolve(method: str, parameters: Mapping[str, Any] | None = None) -> tuple[s
         return name, {**meant, **given}
     raise PlanError(
         "QD501",
-        where="quantization.saturation",
+        where=where,
         got=repr(method),
         expected=f"one of {', '.join(METHODS)}, or a vendor's name: {', '.join(VENDOR_NAMES)}",
-        mend="choose one of these, for example quantization.saturation=mse",
+        mend=f"choose one of these, for example {where}=mse",
     )
 
 
-def check_method(method: str, parameters: Mapping[str, Any] | None = None) -> None:
+def applicable(method: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the parameters that the method takes: for layers whose method a rule has changed,
+    while the parameters were given for the others. Raises QD501."""
+    name, _ = resolve(method)
+    taken = (*_TAKEN[name], *EVERY_METHOD)
+    return {key: value for key, value in parameters.items() if key in taken}
+
+
+def check_method(
+    method: str,
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    where: str = "quantization.saturation",
+) -> None:
     """Raise QD501 for an unknown method, QD502 for a parameter that it does not take, QD104 for a
     value that the parameter cannot have."""
-    _checked(method, parameters)
+    _checked(method, parameters, where=where)
 
 
-def _checked(method: str, parameters: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
-    name, given = resolve(method, parameters)
+def _checked(
+    method: str,
+    parameters: Mapping[str, Any] | None,
+    *,
+    where: str = "quantization.saturation",
+) -> tuple[str, dict[str, Any]]:
+    name, given = resolve(method, parameters, where=where)
     taken = (*_TAKEN[name], *EVERY_METHOD)
     for key, value in given.items():
         if key not in taken:

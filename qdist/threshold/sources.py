@@ -15,8 +15,11 @@ from numpy.typing import NDArray
 from qdist.stats import grid
 from qdist.stats.channels import Channels
 from qdist.stats.groups import GROUP_SHIFT, GroupHistograms
-from qdist.stats.histogram import Density
+from qdist.stats.histogram import Density, Histogram
 
+N_EXACT = 4096
+"""Up to so many values of an array are kept as they are: about as many as a row has bins."""
+_PIECE_ELEMENTS = 1 << 22
 _SIGNED = 1 << 17
 """More than there are bins, so that rows and bins share one sortable key."""
 
@@ -60,27 +63,34 @@ def array_densities(
     if group_size < 1:
         raise ValueError(f"a group has at least 1 channel, got {group_size}")
     moved = values.reshape(1, -1) if axis is None else np.moveaxis(values, axis, 0)
-    n_channels = moved.shape[0]
-    flat = np.ascontiguousarray(moved.reshape(n_channels, -1), np.float32)
-    n = -(-n_channels // group_size)
-    rows = np.repeat(np.arange(n_channels, dtype=np.int64) // group_size, flat.shape[1])
-    bins = grid.bin_of(flat).ravel()
-    finite = np.isfinite(flat).ravel()
-    rows, bins = rows[finite], bins[finite]
-    numbers = flat.ravel()[finite].astype(np.float64)
-    minimum, maximum = np.full(n, np.inf), np.full(n, -np.inf)
-    np.minimum.at(minimum, rows, numbers)
-    np.maximum.at(maximum, rows, numbers)
-    keys, counts = np.unique((rows << GROUP_SHIFT) | bins, return_counts=True)
-    return _rows(
-        n,
-        keys >> GROUP_SHIFT,
-        (keys & 0xFFFF).astype(np.uint16),
-        counts.astype(np.float64),
-        np.uint16(1),
-        minimum,
-        maximum,
+    flat = moved.reshape(moved.shape[0], values.size // max(1, moved.shape[0]))
+    return tuple(
+        _density(flat[first : first + group_size]) for first in range(0, flat.shape[0], group_size)
     )
+
+
+def _density(values: NDArray[np.floating]) -> Density:
+    """Of float[channels, n]: every value as a point where they are few, else the grid's bins."""
+    if values.size <= N_EXACT:
+        finite = values[np.isfinite(values)].astype(np.float64)
+        points, times = np.unique(finite, return_counts=True)
+        return Density(lower=points, upper=points, counts=times.astype(np.float64))
+    counts = np.zeros(grid.N_BINS, np.int64)
+    minimum, maximum = np.inf, -np.inf
+    step = max(1, _PIECE_ELEMENTS // values.shape[0])
+    for i in range(0, values.shape[1], step):
+        piece = values[:, i : i + step].astype(np.float32, copy=False)
+        finite = piece[np.isfinite(piece)]
+        minimum = min(minimum, float(finite.min(initial=np.inf)))
+        maximum = max(maximum, float(finite.max(initial=-np.inf)))
+        counts += np.bincount(grid.bin_of(finite), minlength=grid.N_BINS)
+    hit = np.flatnonzero(counts)
+    return Histogram(
+        bins=hit.astype(np.uint16),
+        counts=counts[hit].astype(np.uint64),
+        minimum=minimum,
+        maximum=maximum,
+    ).finite
 
 
 def _rows(
