@@ -3,6 +3,7 @@
 ``precision``  the named precisions a layer can have.
 ``choice``     what is chosen for one layer.
 ``rules``      choices by name, pattern or operator type.
+``consumers``  the layers that read a tensor, for the threshold method ``auto``.
 ``weight_range``  symmetric ranges of weights, per tensor or channel.
 ``quantizer``  the numbers of one quantized tensor.
 ``plan``       the whole decision for a model, as versioned JSON.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from bench_thresholds import (  # noqa: E402
     timed_methods,
 )
 
+from qdist.threshold.entropy import linear_bins  # noqa: E402
 from qdist.threshold.registry import METHODS  # noqa: E402
 
 
@@ -67,11 +69,17 @@ def test_figures_and_their_table(rows: list[Row]) -> None:
     assert "`speedup_vs_ort_entropy`: " in text
 
 
+@pytest.fixture(scope="module")
+def agreed(rows: list[Row]) -> dict[str, Any]:
+    return agreement(rows, quiet)
+
+
 @pytest.mark.parametrize("bins", [2048, 4096])
-def test_re_binned_counts_stand_for_a_true_linear_histogram(bins: int, rows: list[Row]) -> None:
+def test_re_binned_counts_stand_for_a_true_linear_histogram(
+    bins: int, agreed: dict[str, Any]
+) -> None:
     """Where the divergence has one clear least, its place; where it has not, its value."""
-    found = agreement(rows, quiet)
-    kl, joint = found[f"kl, {bins} bins"], found[f"improved_mse, {bins} bins"]
+    kl, joint = agreed[f"kl, {bins} bins"], agreed[f"improved_mse, {bins} bins"]
     assert joint["within_1_percent"] >= 0.95
     assert kl["within_1_percent"] >= 0.75
     # What chance does to a true histogram is more than what re-binning does.
@@ -81,8 +89,6 @@ def test_re_binned_counts_stand_for_a_true_linear_histogram(bins: int, rows: lis
 
 
 def test_counts_up_to_every_edge_are_true_to_one_percent_of_all(rows: list[Row]) -> None:
-    from qdist.threshold.entropy import linear_bins
-
     for row in rows:
         for bins, true in row.linear.items():
             top = max(-row.density.minimum, row.density.maximum)
