@@ -133,6 +133,9 @@ class QuantizationConfig(Group):
         "auto", description="range of weights, any such method; auto is mse for 4 bits, else max"
     )
     symmetric: bool = Field(False, description="activations with zero point 0")
+    masked: Literal["float", "quantize"] = Field(
+        "float", description="scores with masked values stay float, or what a Softmax reads of them"
+    )
     average_blocks: bool = Field(
         False, description="ranges are means over calibration.blocks (Icraft's batch)"
     )

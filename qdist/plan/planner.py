@@ -26,22 +26,34 @@ from qdist.plan.quantizer import Quantizer
 from qdist.plan.rules import Rule
 from qdist.plan.scope import left_out
 from qdist.plan.weight_range import weight_quantizer
+from qdist.stats import grid
+from qdist.stats.histogram import Histogram
 from qdist.stats.record import CalibrationRecord
 from qdist.threshold.blocks import mean_threshold
 from qdist.threshold.clip import scale_and_zero
 from qdist.threshold.consumer import Consumer
 from qdist.threshold.registry import applicable, find_threshold, resolve
-from qdist.threshold.sentinel import LEAST_GAP, LEAST_MAGNITUDE, split_sentinels
+from qdist.threshold.sentinel import LEAST_GAP, LEAST_MAGNITUDE, keep_masked, split_sentinels
+
+MASKED = ("float", "quantize")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSettings:
     """What holds for the whole model: the scope (`scope.SCOPES`), whether activations are
-    symmetric, and parameters of the threshold method."""
+    symmetric, and parameters of the threshold method.
+
+    ``masked``: what becomes of scores of which some are masked: they stay ``float``, or what only a
+    Softmax reads is quantized (``quantize``), with a range that leaves masked ones no weight."""
 
     scope: str = "all"
     symmetric: bool = False
     saturation_parameters: Mapping[str, Any] = field(default_factory=dict)
+    masked: str = "float"
+
+    def __post_init__(self) -> None:
+        if self.masked not in MASKED:
+            raise ValueError(f"masked must be one of {MASKED}, got {self.masked!r}")
 
 
 class Planner:
@@ -237,9 +249,9 @@ class Planner:
             )
         histogram = self._record.histogram(row)
         split = split_sentinels(histogram.finite)
-        if split.n_sentinels or histogram.n_infinite:
-            n = int(split.n_sentinels) + histogram.n_infinite
-            return f"holds {n} values that mean masked, not magnitudes"
+        n_masked = int(split.n_sentinels) + histogram.n_infinite
+        if n_masked and not self._may_quantize_masks(row, histogram):
+            return f"holds {n_masked} values that mean masked, not magnitudes"
         if split.body.is_empty:
             return "never held a value in calibration"
         levels = activation_levels(bits, symmetric=self.settings.symmetric)
@@ -250,6 +262,8 @@ class Planner:
         else:
             readers = self._readers(row) if resolve(method)[0] == "auto" else ()
             threshold = find_threshold(split.body, levels, method, parameters, readers)
+        if n_masked:
+            threshold = keep_masked(threshold, split.body, levels)
         scale, zero = scale_and_zero(threshold.low, threshold.high, levels)
         return Quantizer(
             bits=bits,
@@ -263,6 +277,19 @@ class Planner:
             clipped_share=threshold.clipped_share,
             expected_mse=threshold.expected_mse,
         )
+
+    def _may_quantize_masks(self, row: str, histogram: Histogram) -> bool:
+        """Whether a row with masked values may be quantized: if asked to, and if nothing but a
+        Softmax reads it. An infinity above is no mask."""
+        if self.settings.masked != "quantize":
+            return False
+        readers = [
+            layer.op_type
+            for layer in self.layers
+            if any(self.taps.row_of(entry.tensor) == row for entry in layer.activations)
+        ]
+        n_above = int(histogram.counts[histogram.bins == grid.POSITIVE_INFINITY].sum())
+        return bool(readers) and set(readers) <= {"Softmax", "LogSoftmax"} and not n_above
 
     def _auto_notes(self, layers: Iterable[LayerPlan]) -> list[str]:
         """What ``auto`` chose, and for how many tensors it knew no layer that reads them."""

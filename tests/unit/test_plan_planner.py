@@ -32,6 +32,7 @@ from qdist.plan.weight_range import weight_quantizer
 from qdist.store.zarr_store import create_store
 from qdist.threshold.clip import scale_and_zero
 from qdist.threshold.registry import METHODS, find_threshold
+from qdist.threshold.sentinel import masked_floor, split_sentinels
 from tests.onnx_models import (
     ANY_TARGET,
     EXECUTION,
@@ -208,6 +209,31 @@ def test_what_stays_float_says_why(planner: Planner) -> None:
         "x": "precision float32",
         "w": "precision float32",
     }
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_masked_scores_may_be_quantized_for_a_softmax(symmetric: bool, tmp_path: Path) -> None:
+    """The emitted model gives what is masked no weight, and the others theirs."""
+    frozen = frozen_from(small_model(), tmp_path / "model.onnx")
+    source = samples_of("x", 6, n=40)
+    settings = PlanSettings(masked="quantize", symmetric=symmetric)
+    planner = planner_for(frozen, source, tmp_path / "store", settings)
+    plan = plan_with(planner)
+    # What a sum reads keeps its mask; only the Softmax knows what it means.
+    assert layer(plan, "masking").left_float.keys() == {"mask"}
+    (found,) = layer(plan, "softmax").activations
+    body = split_sentinels(planner._record.histogram("t").finite).body
+    bottom = found.quantizer.dequantize(np.array(found.quantizer.low))
+    assert bottom <= masked_floor(body) < body.minimum
+    artifact = emit_qdq(frozen, ANY_TARGET.project(plan), tmp_path / "int8.onnx")
+    feeds = {"x": np.stack([sample["x"] for sample in source.samples])}
+    (given,) = run(scoring_session(tmp_path / "model.onnx", EXECUTION), None, feeds)
+    (result,) = run(scoring_session(artifact.path, EXECUTION), None, feeds)
+    # The last layer doubles them.
+    assert result[:, 3].max() < 2e-6
+    assert np.abs(result - given).max() < 0.3
+    with pytest.raises(ValueError, match="masked"):
+        PlanSettings(masked="never")
 
 
 def test_the_compute_scope_leaves_pointwise_layers_float(tmp_path: Path) -> None:
