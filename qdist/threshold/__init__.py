@@ -2,7 +2,8 @@
 
 ``clip``        a range, and what it costs.
 ``error``       expected squared error of a uniform quantizer on a density.
-``maximum``, ``percentile``, ``mse``, ``entropy``, ``aciq``, ``admm``, ``improved``  one family each.
+``maximum``, ``percentile``, ``mse``, ``entropy``  one family each; so are
+``aciq``, ``admm``, ``improved``.
 ``consumer``    what a layer makes of an error in the tensor that it reads.
 ``auto``        the method with the least expected error in the layers that read a tensor.
 ``adjust``      a range scaled (``th_scale``) or given (``threshold``).
