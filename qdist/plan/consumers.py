@@ -86,6 +86,7 @@ def _with_channels(found: Consumer, row: str, record: CalibrationRecord) -> Cons
         minimum=channels.minimum.astype(np.float64),
         maximum=channels.maximum.astype(np.float64),
         output_square=found.output_square,
+        mean_gain=found.mean_gain,
     )
 
 

@@ -1,19 +1,19 @@
 """What a layer makes of an error in the tensor that it reads.
 
-The layer is taken as linear, ``y = W x``. The error ``e = Q(x) - x`` has two kinds of parts.
+The layer is taken as linear, ``y = W x``. The error ``e = Q(x) - x`` is split into what goes along
+with the signal and what does not, by regression on x: ``e = b - a (x - mean) + r``.
 
-*Rounding* is spread over all values, about independent of them and from channel to channel, so it
-reaches the output with the energy of the weights: ``G E[e^2]``, with ``G`` the sum of the squared
-weights of an output.
+The rest ``r``, which is most of rounding, is about independent from value to value, so it reaches
+an output with the energy of its weights, ``G E[r^2]`` with ``G`` the sum of their squares. The
+other two parts add up over all inputs instead of averaging out. Clipped values are too small, all
+of them, so the whole output shrinks: ``a^2`` of its variance. And where most values are small and
+of one sign, rounding them to zero is an offset: ``b^2`` times the square of the sum of the weights.
+Where inputs of a sum agree in sign, as the outputs of ReLUs under positive weights do, the output's
+variance is far above ``G E[x^2]``, and clipping costs more than the error in the tensor tells.
 
-*Clipping* is not. It falls on the channels that reach beyond the range, and on no others, so their
-weights count: a channel of large values and small weights, as after a normalization with uneven
-gains, may be clipped where the mean over channels would forbid it. And it is correlated with the
-signal: clipped values are too small, all of them. Regressed on x, ``e = -a x + r``, the part
-``a x`` shrinks the whole output, by ``a^2 E[y^2]``, however many inputs each output sums over; the
-rest ``r`` counts like rounding. Where inputs of a sum agree in sign, as the outputs of ReLUs under
-positive weights do, ``E[y^2]`` is far above ``G E[x^2]``, and clipping costs more than the error in
-the tensor tells.
+Clipping also falls on the channels that reach beyond the range, and on no others, so their weights
+count for its part of ``r``: a channel of large values and small weights, as after a normalization
+with uneven gains, may be clipped where the mean over channels would forbid it.
 
 This is the second-order, layer-wise error of M. Nagel et al., "Up or down? Adaptive rounding for
 post-training quantization" (ICML 2020) and of Y. Choukroun et al., "Low-bit quantization of neural
@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from qdist.stats.histogram import Density
 from qdist.threshold.clip import Levels, scale_and_zero
 from qdist.threshold.error import mean_squared_error
+from qdist.threshold.kernels import sum_codes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,7 @@ class Consumer:
     whatever else an output sums over (the window of a convolution), mean over outputs; one entry
     where channels cannot be told apart. ``minimum``, ``maximum`` float64[c]: exact extrema of the
     channels, where known. ``output_square``: mean y^2 without bias, where it was measured.
+    ``mean_gain`` >= 0: mean over outputs of the square of the sum of their weights.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Consumer:
     minimum: NDArray[np.float64] | None = None
     maximum: NDArray[np.float64] | None = None
     output_square: float | None = None
+    mean_gain: float = 0.0
 
     def __post_init__(self) -> None:
         n = self.gains.size
@@ -83,6 +86,7 @@ class Consumer:
             axis=tuple(range(2, 2 + len(others)))
         )
         n_out, n_in = table.shape
+        over = tuple(i for i in range(weight.ndim) if i != output_axis % weight.ndim)
         # Each group of outputs reads its own channels; the others have no weight for them.
         per_group = table.reshape(groups, n_out // groups, n_in).sum(axis=1)
         return cls(
@@ -91,6 +95,7 @@ class Consumer:
             minimum=None if minimum is None else np.asarray(minimum, np.float64),
             maximum=None if maximum is None else np.asarray(maximum, np.float64),
             output_square=output_square,
+            mean_gain=float(np.mean(np.sum(weight, axis=over, dtype=np.float64) ** 2)),
         )
 
     def gain(self) -> float:
@@ -121,18 +126,28 @@ def output_error(
         return 0.0
     signal = consumer.output_square if consumer.output_square else gain * square
     scale, zero = scale_and_zero(low, high, levels)
-    bottom, top = (levels.low - zero) * scale, (levels.high - zero) * scale
-    clipped, cross = clipping(density, bottom, top)
-    rounding = max(mean_squared_error(density, scale, zero, levels) - clipped, 0.0)
-    shrinkage = max(-cross / square, 0.0)
-    rest = max(clipped - shrinkage**2 * square, 0.0)
-    error = gain * rounding + consumer.gain_beyond(low, high) * rest + shrinkage**2 * signal
-    return error / signal
+    first, last = levels.low - zero, levels.high - zero
+    error = mean_squared_error(density, scale, zero, levels)
+    clipped = min(clipping(density, first * scale, last * scale), error)
+    mean = float(np.dot(density.counts, density.centers)) / density.total
+    codes, products = sum_codes(density.lower, density.upper, density.counts, scale, first, last)
+    bias = codes * scale / density.total - mean
+    variance = max(square - mean * mean, 0.0)
+    covariance = products * scale / density.total - square - bias * mean
+    slope = covariance / variance if variance > 1e-9 * square else 0.0
+    explained = min(bias * bias + slope * slope * variance, error)
+    rest = (error - explained) / error if error > 0 else 0.0
+    spread = gain * (error - clipped) + consumer.gain_beyond(low, high) * clipped
+    return (
+        rest * spread
+        + consumer.mean_gain * bias * bias
+        + slope * slope * max(signal - consumer.mean_gain * mean * mean, 0.0)
+    ) / signal
 
 
-def clipping(density: Density, bottom: float, top: float) -> tuple[float, float]:
-    """Means of ``e^2`` and of ``e x`` over the density, for ``e = clip(x, bottom, top) - x``."""
-    squares, products = 0.0, 0.0
+def clipping(density: Density, bottom: float, top: float) -> float:
+    """Mean of ``(clip(x, bottom, top) - x)^2`` over the density."""
+    squares = 0.0
     for bound, a, b in (
         (top, np.maximum(density.lower, top), density.upper),
         (bottom, density.lower, np.minimum(density.upper, bottom)),
@@ -144,5 +159,4 @@ def clipping(density: Density, bottom: float, top: float) -> tuple[float, float]
         counts = density.counts[some] * inside
         first, second = (a + b) / 2, (a * a + a * b + b * b) / 3
         squares += float(np.dot(counts, second - 2 * bound * first + bound * bound))
-        products += float(np.dot(counts, bound * first - second))
-    return max(squares, 0.0) / density.total, products / density.total
+    return max(squares, 0.0) / density.total

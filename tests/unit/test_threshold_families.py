@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from qdist.threshold.clip import Levels, Threshold, scale_and_zero
 from qdist.threshold.consumer import Consumer, clipping, output_error
 from qdist.threshold.error import expected_mse
 from qdist.threshold.improved import improved_mse
+from qdist.threshold.kernels import sum_codes
 from qdist.threshold.mse import mse
 from qdist.threshold.registry import (
     METHODS,
@@ -271,14 +273,40 @@ def test_weights_become_densities_per_tensor_channel_and_group() -> None:
 
 def test_clipping_is_that_of_the_values() -> None:
     values = DISTRIBUTIONS["student"](RNG, 30_000)
-    squares, products = clipping(density_of(values), -1.5, 2.0)
+    found = clipping(density_of(values), -1.5, 2.0)
     x = values.astype(np.float64)
-    e = np.clip(x, -1.5, 2.0) - x
-    assert squares == pytest.approx((e * e).mean(), rel=2e-3)
-    assert products == pytest.approx((e * x).mean(), rel=2e-3)
+    assert found == pytest.approx(((np.clip(x, -1.5, 2.0) - x) ** 2).mean(), rel=2e-3)
     points = density_of([-4.0, 0.0, 5.0])
-    assert clipping(points, -1.5, 2.0) == pytest.approx(((2.5**2 + 9) / 3, (-10 - 15) / 3))
-    assert clipping(points, -4.0, 5.0) == (0.0, 0.0)
+    assert clipping(points, -1.5, 2.0) == pytest.approx((2.5**2 + 9) / 3)
+    assert clipping(points, -4.0, 5.0) == 0.0
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize(("part", "n_levels"), [(0.5, 7), (0.1, 127), (1.0, 3)])
+def test_sums_of_codes_are_those_of_the_values(name: str, part: float, n_levels: int) -> None:
+    values = DISTRIBUTIONS[name](RNG, 30_000)
+    density, x = density_of(values), values.astype(np.float64)
+    scale = part * float(np.abs(x).max()) / n_levels
+    q = np.clip(np.rint(x / scale), -n_levels, n_levels)
+    arrays = density.lower, density.upper, density.counts
+    codes, products = sum_codes(*arrays, scale, -n_levels, n_levels)
+    assert products == pytest.approx((q * x).sum(), rel=5e-3)
+    assert codes == pytest.approx(q.sum(), abs=5e-3 * np.abs(q).sum())
+
+
+def test_what_rounds_to_zero_adds_up_over_inputs_of_one_sign() -> None:
+    """Small values of one sign under weights of one sign: rounding is an offset of the sum."""
+    x = RNG.exponential(0.3, size=(4000, 200)).astype(np.float32)
+    w = np.abs(RNG.normal(size=(200, 16)))
+    y = x.astype(np.float64) @ w
+    consumer = Consumer.of_weight("sum", w, 0, 1, output_square=float((y * y).mean()))
+    scale, zero = scale_and_zero(0.0, 255.0 * 0.8, INT8)
+    e = (np.clip(np.rint(x / scale) + zero, -128, 127) - zero) * scale - x
+    real = float(((e.astype(np.float64) @ w) ** 2).mean() / (y * y).mean())
+    found = output_error(density_of(x), 0.0, 255.0 * 0.8, INT8, consumer)
+    assert found == pytest.approx(real, rel=0.1)
+    without = output_error(density_of(x), 0.0, 255.0 * 0.8, INT8, replace(consumer, mean_gain=0.0))
+    assert without < 0.5 * real
 
 
 def test_without_correlation_the_output_error_is_that_of_a_real_matmul() -> None:
