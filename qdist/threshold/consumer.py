@@ -147,16 +147,26 @@ def output_error(
 
 def clipping(density: Density, bottom: float, top: float) -> float:
     """Mean of ``(clip(x, bottom, top) - x)^2`` over the density."""
-    squares = 0.0
-    for bound, a, b in (
-        (top, np.maximum(density.lower, top), density.upper),
-        (bottom, density.lower, np.minimum(density.upper, bottom)),
-    ):
-        some = (b > a) | ((a == b) & ((a > top) | (b < bottom)))
-        a, b = a[some], b[some]
-        width = density.upper[some] - density.lower[some]
-        inside = np.where(width > 0, (b - a) / np.where(width > 0, width, 1.0), 1.0)
-        counts = density.counts[some] * inside
-        first, second = (a + b) / 2, (a * a + a * b + b * b) / 3
-        squares += float(np.dot(counts, second - 2 * bound * first + bound * bound))
-    return max(squares, 0.0) / density.total
+    above = int(np.searchsorted(density.upper, top, side="right"))
+    below = int(np.searchsorted(density.lower, bottom, side="left"))
+    lower, upper = density.lower[above:], density.upper[above:]
+    squares = _beyond(np.maximum(lower, top), upper, upper - lower, density.counts[above:], top)
+    lower, upper = density.lower[:below], density.upper[:below]
+    squares += _beyond(
+        lower, np.minimum(upper, bottom), upper - lower, density.counts[:below], bottom
+    )
+    return squares / density.total
+
+
+def _beyond(
+    lower: NDArray[np.float64],
+    upper: NDArray[np.float64],
+    width: NDArray[np.float64],
+    counts: NDArray[np.float64],
+    bound: float,
+) -> float:
+    """Sum of ``(x - bound)^2`` over parts of intervals that are ``width`` wide and hold ``counts``;
+    an interval of no width is there as a whole."""
+    share = np.where(width > 0, (upper - lower) / np.where(width > 0, width, 1.0), 1.0)
+    a, b = lower - bound, upper - bound
+    return float(np.dot(counts * share, (a * a + a * b + b * b) / 3))
