@@ -165,6 +165,7 @@ def plan_settings(config: schema.QuantizationConfig) -> PlanSettings:
     return PlanSettings(
         scope=config.scope,
         symmetric=config.symmetric,
+        masked=config.masked,
         saturation_parameters=config.saturation_parameters,
     )
 

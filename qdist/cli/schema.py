@@ -27,6 +27,7 @@ from qdist.cli.data_schema import (
     TextConfig,
     TextSamples,
 )
+from qdist.threshold.registry import METHODS
 
 
 class ModelConfig(Group):
@@ -56,7 +57,7 @@ class EarlyStopConfig(Group):
     )
     patience: int = Field(2, ge=1, description="checks in a row without change")
     exempt: float = Field(0.0, ge=0, lt=1, description="share of the tensors that may still move")
-    method: str = Field("mse", description="threshold method: max, percentile, mse, kl")
+    method: str = Field("mse", description="threshold method, as quantization.saturation")
 
 
 class CalibrationConfig(Group):
@@ -114,7 +115,7 @@ class RuleConfig(Group):
     weight_range_bits: int | None = None
     activation_range_bits: int | None = None
     saturation: str | None = None
-    weight_saturation: Literal["auto", "max", "mse"] | None = None
+    weight_saturation: str | None = None
 
 
 class QuantizationConfig(Group):
@@ -140,14 +141,20 @@ class QuantizationConfig(Group):
     activation_range_bits: int | None = Field(
         None, description="use so many of an activation's bits"
     )
-    saturation: str = Field("mse", description="range of activations: max, percentile, mse, kl")
-    saturation_parameters: dict[str, Any] = Field(
-        {}, description="of the method, e.g. {percent: 99.99}"
+    saturation: str = Field(
+        "mse", description=f"range of activations: {', '.join(METHODS)}, or a vendor's name"
     )
-    weight_saturation: Literal["auto", "max", "mse"] = Field(
-        "auto", description="range of weights; auto is mse for 4 bits, else max"
+    saturation_parameters: dict[str, Any] = Field(
+        {},
+        description="of the method, e.g. {percent: 99.99}; with any {th_scale: F, threshold: T}",
+    )
+    weight_saturation: str = Field(
+        "auto", description="range of weights, any such method; auto is mse for 4 bits, else max"
     )
     symmetric: bool = Field(False, description="activations with zero point 0")
+    masked: Literal["float", "quantize"] = Field(
+        "float", description="scores with masked values stay float, or what a Softmax reads of them"
+    )
     average_blocks: bool = Field(
         False, description="ranges are means over calibration.blocks (Icraft's batch)"
     )

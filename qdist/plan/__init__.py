@@ -4,6 +4,7 @@
 ``granularity``  what shares a scale.
 ``choice``     what is chosen for one layer.
 ``rules``      choices by name, pattern or operator type.
+``consumers``  the layers that read a tensor, for the threshold method ``auto``.
 ``weight_range``  symmetric ranges of weights, per tensor, channel, group or block.
 ``ranges``     quantizers of activations that are no plain integers per tensor.
 ``quantizer``  the numbers of one quantized tensor.

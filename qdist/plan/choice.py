@@ -16,9 +16,11 @@ from qdist.plan.granularity import (
     parse_granularity,
 )
 from qdist.plan.precision import Precision, precision
-from qdist.threshold.registry import check_method
+from qdist.threshold.registry import check_method, resolve
 
-WEIGHT_METHODS = ("auto", "max", "mse")
+WEIGHT_AUTO = "auto"
+"""``mse`` for 4-bit weights, else ``max``. What the method of this name does for activations, it
+does by the layers that read them, and nothing reads a weight but its own layer."""
 _MODERN_OPSET = 21
 """Blocks, and scales found while the model runs, need this opset."""
 
@@ -29,9 +31,9 @@ class LayerChoice:
 
     ``granularity``: of the weights; ``activation_granularity``: of the activations, as in
     `qdist.plan.granularity`. ``saturation``: threshold method of the activations.
-    ``weight_saturation``: ``max``, ``mse`` or ``auto`` (``mse`` for 4-bit weights, else ``max``).
-    ``weight_range_bits`` and ``activation_range_bits``: how many of an integer's bits are used
-    (Icraft's ``value_range``); None: all.
+    ``weight_saturation``: that of the weights, or ``auto`` (``mse`` for 4-bit weights, else
+    ``max``). ``weight_range_bits`` and ``activation_range_bits``: how many of an integer's bits are
+    used (Icraft's ``value_range``); None: all.
     """
 
     precision: str = "int8"
@@ -45,6 +47,8 @@ class LayerChoice:
     def __post_init__(self) -> None:
         bits = precision(self.precision)
         check_method(self.saturation)
+        if self.weight_saturation != WEIGHT_AUTO:
+            check_method(self.weight_saturation, where="quantization.weight_saturation")
         weight, activation = (
             parse_granularity(text) for text in (self.granularity, self.activation_granularity)
         )
@@ -57,9 +61,6 @@ class LayerChoice:
         if activation.kind == "token" and not _has_token_scales(bits):
             got = f"token with {self.precision}"
             raise _refused("activation_granularity", got, "a precision with signed integers")
-        if self.weight_saturation not in WEIGHT_METHODS:
-            expected = f"one of {', '.join(WEIGHT_METHODS)}"
-            raise _refused("weight_saturation", repr(self.weight_saturation), expected)
         for key, value, kind in (
             ("weight_range_bits", self.weight_range_bits, bits.weight_type),
             ("activation_range_bits", self.activation_range_bits, bits.activation_type),
@@ -88,9 +89,9 @@ class LayerChoice:
 
     @property
     def weight_method(self) -> str:
-        """``max`` or ``mse``, with ``auto`` resolved."""
-        if self.weight_saturation != "auto":
-            return self.weight_saturation
+        """The method's own name, with ``auto`` resolved."""
+        if self.weight_saturation != WEIGHT_AUTO:
+            return resolve(self.weight_saturation)[0]
         return "mse" if self.bits.weight_bits == 4 else "max"
 
     def to_json(self) -> dict[str, Any]:

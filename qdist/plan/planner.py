@@ -6,6 +6,7 @@ ask for hundreds of plans. It never runs the model.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +23,7 @@ from qdist.model.taps import TapTable
 from qdist.numbers.dtype import DTYPES, DType, FloatType, IntegerType
 from qdist.plan import ranges
 from qdist.plan.choice import LayerChoice
+from qdist.plan.consumers import consumers_of
 from qdist.plan.fusion import find_fusions
 from qdist.plan.granularity import MATRIX_PRODUCTS, summed_axis
 from qdist.plan.plan import LayerPlan, QuantizationPlan, QuantizedInput
@@ -35,22 +37,34 @@ from qdist.plan.weight_range import (
     group_quantizer,
     weight_quantizer,
 )
-from qdist.stats.histogram import Density
+from qdist.stats import grid
+from qdist.stats.histogram import Density, Histogram
 from qdist.stats.record import CalibrationRecord
 from qdist.threshold.blocks import mean_threshold
 from qdist.threshold.clip import Threshold, scale_and_zero
-from qdist.threshold.registry import find_threshold
-from qdist.threshold.sentinel import LEAST_GAP, LEAST_MAGNITUDE, split_sentinels
+from qdist.threshold.consumer import Consumer
+from qdist.threshold.registry import applicable, find_threshold, resolve
+from qdist.threshold.sentinel import LEAST_GAP, LEAST_MAGNITUDE, keep_masked, split_sentinels
+
+MASKED = ("float", "quantize")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSettings:
     """What holds for the whole model: the scope (`scope.SCOPES`), whether activations are
-    symmetric, and parameters of the threshold method."""
+    symmetric, and parameters of the threshold method.
+
+    ``masked``: what becomes of scores of which some are masked: they stay ``float``, or what only a
+    Softmax reads is quantized (``quantize``), with a range that leaves masked ones no weight."""
 
     scope: str = "all"
     symmetric: bool = False
     saturation_parameters: Mapping[str, Any] = field(default_factory=dict)
+    masked: str = "float"
+
+    def __post_init__(self) -> None:
+        if self.masked not in MASKED:
+            raise ValueError(f"masked must be one of {MASKED}, got {self.masked!r}")
 
 
 class Planner:
@@ -76,6 +90,7 @@ class Planner:
         self._last = self._last_results()
         self._activations: dict[tuple[Any, ...], Quantizer | str] = {}
         self._weights: dict[tuple[Any, ...], Quantizer | str] = {}
+        self._consumers: dict[str, tuple[Consumer, ...]] = {}
 
     def choosable(self) -> tuple[Layer, ...]:
         """The layers whose choice changes anything: in scope and not fused into another."""
@@ -106,7 +121,12 @@ class Planner:
             model_digest=self.graph.model.digest,
             statistics_digest=self._record.digest,
             layers=layers,
-            notes=(*notes, *_method_notes(layers), *_fusion_notes(layers)),
+            notes=(
+                *notes,
+                *_method_notes(layers),
+                *self._auto_notes(layers),
+                *_fusion_notes(layers),
+            ),
         )
 
     def check_rules(self, rules: Iterable[Rule]) -> None:
@@ -274,7 +294,9 @@ class Planner:
             known = self._record.histogram(row).finite if row in self._record else None
             return ranges.rounded(choice.bits.rounds, known)
         if isinstance(kind, FloatType):
-            threshold = self._threshold(row, 8, None, _NARROW_FLOAT.get(choice.saturation, "max"))
+            threshold = self._threshold(
+                row, 8, None, _NARROW_FLOAT.get(resolve(choice.saturation)[0], "max")
+            )
             return threshold if isinstance(threshold, str) else ranges.scaled_float(kind, threshold)
         each = self._finer(tensor, row, kind, choice)
         if each is not None:
@@ -341,9 +363,9 @@ class Planner:
             )
         histogram = self._record.histogram(row)
         split = split_sentinels(histogram.finite)
-        if split.n_sentinels or histogram.n_infinite:
-            n = int(split.n_sentinels) + histogram.n_infinite
-            return f"holds {n} values that mean masked, not magnitudes"
+        n_masked = int(split.n_sentinels) + histogram.n_infinite
+        if n_masked and not self._may_quantize_masks(row, histogram):
+            return f"holds {n_masked} values that mean masked, not magnitudes"
         return "never held a value in calibration" if split.body.is_empty else split.body
 
     def _threshold(
@@ -353,11 +375,52 @@ class Planner:
         if isinstance(body, str):
             return body
         levels = activation_levels(bits, symmetric=self.settings.symmetric, range_bits=range_bits)
-        parameters = self.settings.saturation_parameters
+        parameters = applicable(method, self.settings.saturation_parameters)
         if self._blocks:
             histograms = [block.histogram(row) for block in self._blocks]
-            return mean_threshold(histograms, levels, method, parameters).threshold
-        return find_threshold(body, levels, method, parameters)
+            threshold = mean_threshold(histograms, levels, method, parameters).threshold
+        else:
+            readers = self._readers(row) if resolve(method)[0] == "auto" else ()
+            threshold = find_threshold(body, levels, method, parameters, readers)
+        histogram = self._record.histogram(row)
+        n_masked = int(split_sentinels(histogram.finite).n_sentinels) + histogram.n_infinite
+        return keep_masked(threshold, body, levels) if n_masked else threshold
+
+    def _may_quantize_masks(self, row: str, histogram: Histogram) -> bool:
+        """Whether a row with masked values may be quantized: if asked to, and if nothing but a
+        Softmax reads it. An infinity above is no mask."""
+        if self.settings.masked != "quantize":
+            return False
+        readers = [
+            layer.op_type
+            for layer in self.layers
+            if any(self.taps.row_of(entry.tensor) == row for entry in layer.activations)
+        ]
+        n_above = int(histogram.counts[histogram.bins == grid.POSITIVE_INFINITY].sum())
+        return bool(readers) and set(readers) <= {"Softmax", "LogSoftmax"} and not n_above
+
+    def _auto_notes(self, layers: Iterable[LayerPlan]) -> list[str]:
+        """What ``auto`` chose, and for how many tensors it knew no layer that reads them."""
+        chosen = {
+            self.taps.row_of(entry.tensor): entry.quantizer.method
+            for layer in layers
+            if resolve(layer.choice.saturation)[0] == "auto"
+            for entry in layer.activations
+        }
+        if not chosen:
+            return []
+        counts = ", ".join(f"{n} {name}" for name, n in Counter(chosen.values()).most_common())
+        n_alone = sum(not self._consumers.get(row) for row in chosen)
+        alone = f"; {n_alone} by the error in the tensor alone" if n_alone else ""
+        return [f"auto chose, by the layers that read the tensors: {counts}{alone}"]
+
+    def _readers(self, row: str) -> tuple[Consumer, ...]:
+        """The layers that read a row, in scope or not: what they compute suffers all the same."""
+        if row not in self._consumers:
+            self._consumers[row] = consumers_of(
+                row, self.graph, self.layers, self.taps, self._record
+            )
+        return self._consumers[row]
 
     def _weight(self, layer: Layer, entry: LayerInput, choice: LayerChoice) -> Quantizer | str:
         kind = choice.bits.weight_type
@@ -440,13 +503,13 @@ def _is_wide(choice: LayerChoice) -> bool:
 def _method_notes(layers: Iterable[LayerPlan]) -> list[str]:
     """Where another threshold method was used than the one chosen."""
     pairs = {
-        (layer.choice.saturation, entry.quantizer.method, entry.quantizer.bits)
+        (resolve(layer.choice.saturation)[0], entry.quantizer.method, entry.quantizer.bits)
         for layer in layers
         for entry in layer.activations
         if not entry.quantizer.is_float and entry.quantizer.axis is None
     }
     floats = {
-        (layer.choice.saturation, entry.quantizer.method, layer.choice.precision)
+        (resolve(layer.choice.saturation)[0], entry.quantizer.method, layer.choice.precision)
         for layer in layers
         for entry in layer.activations
         if entry.quantizer.is_float and layer.choice.bits.rounds is None
@@ -463,12 +526,12 @@ def _method_notes(layers: Iterable[LayerPlan]) -> list[str]:
         *(
             f"{asked} needs more bins than levels: {used} is used for {bits}-bit layers"
             for asked, used, bits in sorted(pairs)
-            if used not in (asked, "dynamic")
+            if asked not in (used, "auto") and used not in ("fixed", "dynamic")
         ),
         *(
             f"{asked} is for evenly spaced levels: {used} is used for {name} layers"
             for asked, used, name in sorted(floats)
-            if asked != used
+            if asked != used and used != "fixed"
         ),
     ]
 

@@ -13,6 +13,8 @@ from qdist.numbers.dtype import FloatType
 from qdist.numbers.grid import LEAST_SCALE
 from qdist.plan.quantizer import BlockScales, Quantizer
 from qdist.threshold.clip import Levels
+from qdist.threshold.registry import find_thresholds
+from qdist.threshold.sources import array_densities
 
 _FRACTIONS = np.linspace(0.4, 1.0, 25)[::-1]
 _BLOCK_ELEMENTS = 1 << 22
@@ -24,7 +26,8 @@ def weight_quantizer(
     """The quantizer of a float weight of any shape, per index of ``axis`` (None: one range).
 
     ``method``: ``max`` takes the largest |w|; ``mse`` the fraction of it (0.4 .. 1 in 25 steps)
-    with the least squared error, a channel at a time.
+    with the least squared error, a channel at a time; any other finds its range on the histogram of
+    each channel (`qdist.threshold.sources`).
     """
     n_channels = 1 if axis is None else weight.shape[axis]
     bounds = np.empty(n_channels, np.float64)
@@ -32,7 +35,7 @@ def weight_quantizer(
     error = 0.0
     for start, block in _blocks(weight, axis):
         top = _largest(block)
-        best = top if method == "max" else _least_error(block, top, levels)
+        best = _bounds(block, top, levels, method)
         bounds[start : start + best.size] = best
         for values in _pieces(block):
             clipped += int((np.abs(values) > best[:, None].astype(np.float32)).sum())
@@ -51,6 +54,18 @@ def weight_quantizer(
         clipped_share=clipped / max(1, weight.size),
         expected_mse=error / max(1, weight.size),
     )
+
+
+def _bounds(
+    block: NDArray[Any], top: NDArray[np.float64], levels: Levels, method: str
+) -> NDArray[np.float64]:
+    """The bound of each row, whose largest magnitude is ``top``."""
+    if method == "max":
+        return top
+    if method == "mse":
+        return _least_error(block, top, levels)
+    found = find_thresholds(array_densities(block, 0), levels, method)
+    return np.array([max(-each.low, each.high) for each in found])
 
 
 def group_quantizer(

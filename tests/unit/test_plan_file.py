@@ -226,7 +226,7 @@ def test_an_unknown_precision_lists_the_known_ones() -> None:
     ("change", "code"),
     [
         ({"granularity": "group"}, "QD507"),
-        ({"weight_saturation": "kl"}, "QD507"),
+        ({"weight_saturation": "best"}, "QD501"),
         ({"saturation": "best"}, "QD501"),
     ],
 )
