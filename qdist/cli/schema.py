@@ -105,13 +105,16 @@ class StoreConfig(Group):
 
 
 class RuleConfig(Group):
-    """Settings for some layers; later rules win."""
+    """Settings for some layers or tensors; later rules win."""
 
     match: str = Field(min_length=1)
     precision: str | None = None
     granularity: Literal["tensor", "channel"] | None = None
     saturation: str | None = None
     weight_saturation: Literal["auto", "max", "mse"] | None = None
+    th_scale: float | None = Field(None, gt=0)
+    threshold: float | None = Field(None, gt=0)
+    bounds: list[float] | None = None
 
 
 class QuantizationConfig(Group):
@@ -137,6 +140,26 @@ class QuantizationConfig(Group):
     )
     rules: list[RuleConfig] = Field(
         [], description="[{match: NAME|PATTERN|op:TYPE, precision: ...}, ...], the last match wins"
+    )
+    rules_file: str | list[str] | None = Field(
+        None, description="vendors' files, read as rules before quantization.rules"
+    )
+    rules_form: str | None = Field(
+        None,
+        description="their form: icraft, icraft_saturation, knight, slimai, slimai_profile or "
+        "sophgo; null: by content",
+    )
+    fpfwd_inputs: list[str] = Field(
+        [], description="layers that stay float with all before them (Sophgo)"
+    )
+    fpfwd_outputs: list[str] = Field(
+        [], description="layers that stay float with all after them (Sophgo)"
+    )
+    fpfwd_blocks: list[str] = Field(
+        [], description="layers that stay float with those up to the next that computes (Sophgo)"
+    )
+    layer_threshold: float | None = Field(
+        None, gt=0, description="largest magnitude around LayerNormalization (Knight's -lt)"
     )
 
 
@@ -290,6 +313,11 @@ class QuantizeSettings(CommandSettings):
     store: StoreConfig
     quantization: QuantizationConfig
     target: TargetConfig
+    template: str | None = Field(
+        None,
+        description="write a file of rules to edit, and no model: icraft, icraft_sample, "
+        "icraft_manual, knight, slimai or sophgo (also --template FORM)",
+    )
 
 
 class EvaluateSettings(CommandSettings):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,14 +18,18 @@ WEIGHT_METHODS = ("auto", "max", "mse")
 class LayerChoice:
     """A layer's precision, the granularity of its weights, and how ranges are found.
 
-    ``saturation``: threshold method of the activations. ``weight_saturation``: ``max``, ``mse``
-    or ``auto`` (``mse`` for 4-bit weights, else ``max``).
+    ``saturation``: threshold method of the activations that the layer reads. ``weight_saturation``:
+    ``max``, ``mse`` or ``auto`` (``mse`` for 4-bit weights, else ``max``). ``th_scale``: factor on
+    the ranges of its activations, once found. ``threshold``: their largest magnitude, in place of
+    what would be found. What rules say about a tensor goes before either.
     """
 
     precision: str = "int8"
     granularity: str = "channel"
     saturation: str = "mse"
     weight_saturation: str = "auto"
+    th_scale: float = 1.0
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         precision(self.precision)
@@ -40,6 +45,15 @@ class LayerChoice:
                     got=repr(value),
                     expected=f"one of {', '.join(known)}",
                     mend="choose one of these",
+                )
+        for key, number in (("th_scale", self.th_scale), ("threshold", self.threshold)):
+            if number is not None and not (0 < number < math.inf):
+                raise PlanError(
+                    "QD507",
+                    where=f"quantization.rules, {key}",
+                    got=repr(number),
+                    expected="a positive number",
+                    mend="correct it, or leave it out",
                 )
 
     @property

@@ -7,26 +7,28 @@ ask for hundreds of plans. It never runs the model.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from qdist.digest import digest_arrays
 from qdist.errors import ModelError, PlanError, StoreError
 from qdist.model.graph import FLOAT_TYPES, Graph
-from qdist.model.layers import VIEWS, Layer, LayerInput, find_layers
+from qdist.model.layers import VIEWS, Layer, LayerInput
 from qdist.model.taps import TapTable
 from qdist.plan.choice import LayerChoice
-from qdist.plan.fusion import find_fusions
-from qdist.plan.plan import LayerPlan, QuantizationPlan, QuantizedInput
+from qdist.plan.layer_index import find_index
+from qdist.plan.plan import LayerPlan, Provenance, QuantizationPlan, QuantizedInput
 from qdist.plan.precision import activation_levels, weight_levels
 from qdist.plan.quantizer import Quantizer
+from qdist.plan.range_rule import FIXED, RangeRule, activation_quantizer, fixed_weight
 from qdist.plan.rules import Rule
-from qdist.plan.scope import left_out
+from qdist.plan.selector import select_layers, select_tensors
+from qdist.plan.tensor_settings import TensorSettings
 from qdist.plan.weight_range import weight_quantizer
 from qdist.stats.record import CalibrationRecord
 from qdist.threshold.blocks import mean_threshold
-from qdist.threshold.clip import scale_and_zero
 from qdist.threshold.registry import find_threshold
 from qdist.threshold.sentinel import LEAST_GAP, LEAST_MAGNITUDE, split_sentinels
 
@@ -34,11 +36,12 @@ from qdist.threshold.sentinel import LEAST_GAP, LEAST_MAGNITUDE, split_sentinels
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSettings:
     """What holds for the whole model: the scope (`scope.SCOPES`), whether activations are
-    symmetric, and parameters of the threshold method."""
+    symmetric, parameters of the threshold method, and what rules say about single tensors."""
 
     scope: str = "all"
     symmetric: bool = False
     saturation_parameters: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, TensorSettings] = field(default_factory=dict)
 
 
 class Planner:
@@ -54,23 +57,27 @@ class Planner:
     ) -> None:
         """``blocks``: records of equal blocks of the samples; ranges are then means over them."""
         self.graph = graph
-        self.layers: tuple[Layer, ...] = find_layers(graph)
-        self.fused = find_fusions(graph, self.layers)
+        self.settings = settings or PlanSettings()
+        self.index = find_index(graph, self.settings.scope)
+        self.layers: tuple[Layer, ...] = self.index.layers
+        self.fused = self.index.fused
         self._record = record
         self._blocks = tuple(blocks)
         self.taps = taps
-        self.settings = settings or PlanSettings()
-        self._left_out = left_out(self.layers, self.settings.scope)
-        self._activations: dict[tuple[str, int, str], Quantizer | str] = {}
+        self._left_out = self.index.left_out
+        self._settings = _by_row(self.settings.tensors, taps)
+        self._activations: dict[tuple[str, int, RangeRule], Quantizer | str] = {}
         self._weights: dict[tuple[Any, ...], Quantizer | str] = {}
+        self._digests: dict[str, str] = {}
+
+    def with_tensors(self, tensors: Mapping[str, TensorSettings]) -> Planner:
+        """The planner of the same model and record with other settings of single tensors."""
+        settings = replace(self.settings, tensors=dict(tensors))
+        return Planner(self.graph, self._record, self.taps, settings, self._blocks)
 
     def choosable(self) -> tuple[Layer, ...]:
         """The layers whose choice changes anything: in scope and not fused into another."""
-        return tuple(
-            layer
-            for layer in self.layers
-            if layer.name not in self._left_out and layer.name not in self.fused
-        )
+        return self.index.choosable
 
     def plan(
         self,
@@ -98,26 +105,51 @@ class Planner:
 
     def check_rules(self, rules: Iterable[Rule]) -> None:
         """Raise QD503 for a rule without effect: every layer that it matches is computed with
-        another, or stays float though the rule asks for more."""
+        another, or stays float though the rule asks for more; or no layer that can be quantized
+        reads any of its tensors."""
         for rule in rules:
+            if rule.is_of_tensors:
+                self._check_tensor_rule(rule)
+                continue
+            matched = select_layers(rule.match, self.index)
             idle = {
                 layer.name: reason
-                for layer in self.layers
-                if rule.matches(layer) and (reason := self._idle(layer.name, rule)) is not None
+                for layer in matched
+                if (reason := self._idle(layer.name, rule)) is not None
             }
-            if not idle or len(idle) < sum(rule.matches(layer) for layer in self.layers):
+            if not idle or len(idle) < len(matched):
                 continue
             name, reason = next(iter(idle.items()))
             host = self.fused.get(name)
             raise PlanError(
                 "QD503",
-                where=f"rule {rule.match!r}",
+                where=rule.place,
                 got=f"no effect on the {len(idle)} layers that match, such as {name}",
                 expected=f"{name} is {reason}; write the rule for {host}"
                 if host is not None
                 else f"a layer that is quantized; {name} stays float: {reason}",
                 mend="correct or remove the rule; qdist show lists the layers",
             )
+
+    def _check_tensor_rule(self, rule: Rule) -> None:
+        read = {
+            self._row(entry.tensor)
+            for layer in self.choosable()
+            for entry in (*layer.activations, *layer.weights)
+        }
+        names = select_tensors(rule.match, self.index)
+        if names and not any(self._row(name) in read for name in names):
+            raise PlanError(
+                "QD503",
+                where=rule.place,
+                got=f"no effect on the {len(names)} tensors that match, such as {names[0]}",
+                expected="a tensor that a quantized layer reads",
+                mend="write the rule for such a tensor, or remove it",
+            )
+
+    def _row(self, tensor: str) -> str:
+        """The tensor that was measured in place of this one; a weight is its own."""
+        return self.taps.row_of(tensor)
 
     def _idle(self, name: str, rule: Rule) -> str | None:
         """Why the rule means nothing to the layer, or None."""
@@ -161,7 +193,12 @@ class Planner:
             if isinstance(found, str):
                 left[entry.tensor] = found
             else:
-                kept = QuantizedInput(index=entry.index, tensor=entry.tensor, quantizer=found)
+                kept = QuantizedInput(
+                    index=entry.index,
+                    tensor=entry.tensor,
+                    quantizer=found,
+                    provenance=self._provenance(entry.tensor, is_weight=is_weight),
+                )
                 (weights if is_weight else activations).append(kept)
         return LayerPlan(
             name=layer.name,
@@ -203,21 +240,39 @@ class Planner:
             else "widen quantization.scope, change the rules, or use the float model",
         )
 
+    def _provenance(self, tensor: str, *, is_weight: bool) -> Provenance:
+        row = tensor if is_weight else self._row(tensor)
+        settings = self._settings.get(row)
+        rule = "" if settings is None else settings.why
+        if is_weight or row not in self._record:
+            return Provenance(rule=rule)
+        if row not in self._digests:
+            histogram = self._record.histogram(row)
+            self._digests[row] = digest_arrays(
+                [("bins", histogram.bins), ("counts", histogram.counts)]
+            )
+        return Provenance(rule=rule, statistics=self._digests[row])
+
     def _activation(self, tensor: str, choice: LayerChoice) -> Quantizer | str:
         bits = choice.bits.activation_bits
         if bits is None:
             return f"precision {choice.precision}"
-        row = self.taps.row_of(tensor)
-        key = (row, bits, choice.saturation)
+        row = self._row(tensor)
+        rule = RangeRule.of(choice, self._settings.get(row), where=f"tensor {tensor}", bits=bits)
+        bits = min(bits, rule.most_bits or bits)
+        key = (row, bits, rule)
         if key not in self._activations:
-            self._activations[key] = self._find_activation(row, bits, choice.saturation)
+            self._activations[key] = self._find_activation(row, bits, rule)
         return self._activations[key]
 
-    def _find_activation(self, row: str, bits: int, method: str) -> Quantizer | str:
+    def _find_activation(self, row: str, bits: int, rule: RangeRule) -> Quantizer | str:
         found = self.graph.type_of(row)
         if found is not None and found.element != 1:
             return "not a float32 tensor"
+        levels = activation_levels(bits, symmetric=self.settings.symmetric)
         if row not in self._record:
+            if rule.bounds is not None:
+                return activation_quantizer(rule.without_statistics(levels), levels, bits)
             raise StoreError(
                 "QD406",
                 where=f"tensor {row}",
@@ -233,26 +288,16 @@ class Planner:
             return f"holds {n} values that mean masked, not magnitudes"
         if split.body.is_empty:
             return "never held a value in calibration"
-        levels = activation_levels(bits, symmetric=self.settings.symmetric)
         parameters = self.settings.saturation_parameters
-        if self._blocks:
+        if rule.is_fixed:
+            threshold = rule.fixed(split.body, levels)
+        elif self._blocks:
             histograms = [block.histogram(row) for block in self._blocks]
-            threshold = mean_threshold(histograms, levels, method, parameters).threshold
+            threshold = mean_threshold(histograms, levels, rule.method, parameters).threshold
         else:
-            threshold = find_threshold(split.body, levels, method, parameters)
-        scale, zero = scale_and_zero(threshold.low, threshold.high, levels)
-        return Quantizer(
-            bits=bits,
-            low=levels.low,
-            high=levels.high,
-            scales=(scale,),
-            zero_points=(zero,),
-            axis=None,
-            method=threshold.method,
-            bounds=(threshold.low, threshold.high),
-            clipped_share=threshold.clipped_share,
-            expected_mse=threshold.expected_mse,
-        )
+            threshold = find_threshold(split.body, levels, rule.method, parameters)
+        threshold = rule.scaled(threshold, split.body, levels)
+        return activation_quantizer(threshold, levels, bits)
 
     def _weight(self, layer: Layer, entry: LayerInput, choice: LayerChoice) -> Quantizer | str:
         bits = choice.bits.weight_bits
@@ -265,7 +310,11 @@ class Planner:
         key = (entry.tensor, bits, axis, choice.weight_method)
         if key not in self._weights:
             self._weights[key] = self._find_weight(entry.tensor, bits, axis, choice.weight_method)
-        return self._weights[key]
+        found = self._weights[key]
+        settings = self._settings.get(entry.tensor)
+        if settings is None or isinstance(found, str):
+            return found
+        return fixed_weight(found, settings, where=f"weight {entry.tensor}")
 
     def _find_weight(
         self, tensor: str, bits: int, axis: int | None, method: str
@@ -283,6 +332,15 @@ class Planner:
         return weight_quantizer(values, weight_levels(bits), bits, axis, method)
 
 
+def _by_row(tensors: Mapping[str, TensorSettings], taps: TapTable) -> dict[str, TensorSettings]:
+    """Settings by the tensor that was measured: a view shares the range of its source."""
+    found: dict[str, TensorSettings] = {}
+    for name, settings in tensors.items():
+        row = taps.row_of(name)
+        found[row] = settings.over(found.get(row, TensorSettings()))
+    return found
+
+
 def _method_notes(layers: Iterable[LayerPlan]) -> list[str]:
     """Where another threshold method was used than the one chosen."""
     pairs = {
@@ -293,7 +351,7 @@ def _method_notes(layers: Iterable[LayerPlan]) -> list[str]:
     return [
         f"{asked} needs more bins than levels: {used} is used for {bits}-bit layers"
         for asked, used, bits in sorted(pairs)
-        if asked != used
+        if asked != used and used != FIXED
     ]
 
 

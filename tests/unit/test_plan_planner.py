@@ -81,7 +81,7 @@ def planner(tmp_path: Path) -> Planner:
     return planner_for(frozen, samples_of("x", 6, n=40), tmp_path / "store")
 
 
-def plan_with(planner: Planner, **settings: str) -> QuantizationPlan:
+def plan_with(planner: Planner, **settings: Any) -> QuantizationPlan:
     return planner.plan({layer.name: LayerChoice(**settings) for layer in planner.layers})
 
 

@@ -8,7 +8,11 @@ from qdist.cli.commands import steps
 from qdist.cli.context import Context
 from qdist.cli.schema import QuantizeSettings
 from qdist.emit.qdq import emit_qdq, refuse_overwriting
+from qdist.files import write_text
 from qdist.model.graph import Graph
+from qdist.plan.dialects.forms import TEMPLATES, unknown_form
+from qdist.plan.dialects.reading import Before
+from qdist.plan.layer_index import find_index
 from qdist.plan.planner import Planner
 from qdist.plan.target import Target
 
@@ -22,6 +26,9 @@ def run(context: Context[QuantizeSettings]) -> None:
     # Refuse wrong settings before anything slow.
     target: Target = domain.target(settings.target)
     domain.default_choice(settings.quantization)
+    if settings.template is not None:
+        _write_template(context, settings.template)
+        return
     folder = context.make_folder()
     frozen = context.frozen_model()
     refuse_overwriting(frozen, folder / ARTIFACT)
@@ -35,8 +42,8 @@ def run(context: Context[QuantizeSettings]) -> None:
         domain.plan_settings(settings.quantization),
         blocks,
     )
-    choices, why = steps.make_choices(planner, settings.quantization)
-    projected = target.project(planner.plan(choices, why))
+    chosen = steps.make_choices(planner, settings.quantization)
+    projected = target.project(chosen.planner.plan(chosen.choices, chosen.why, chosen.notes))
     steps.check_opset(projected.plan, store)
     with context.tracked(
         params={
@@ -80,3 +87,31 @@ def run(context: Context[QuantizeSettings]) -> None:
             *steps.plan_notes(projected.plan),
         ]
     )
+
+
+def _write_template(context: Context[QuantizeSettings], name: str) -> None:
+    """A vendor's file of rules that says what every layer has, to be edited; needs no statistics.
+
+    Raises QD507 for choices that the file has no word for, QD508 for an unknown form.
+    """
+    if name not in TEMPLATES:
+        raise unknown_form(name, "template", tuple(TEMPLATES))
+    form = TEMPLATES[name]
+    settings = context.settings
+    folder = context.make_folder()
+    index = find_index(
+        Graph(context.frozen_model(), context.execution), settings.quantization.scope
+    )
+    assignment, _, notes = steps.apply_all_rules(index, settings.quantization)
+    if form.template is None:
+        raise unknown_form(name, "template", tuple(TEMPLATES))
+    text = form.template(Before(index=index, choices=assignment.choices))
+    path = write_text(folder / f"{settings.model.name}{form.suffix}", text)
+    facts = (
+        ("form", name),
+        ("layers", str(len(index.choosable))),
+        ("template", str(path)),
+        ("to use it", f"qdist quantize ... quantization.rules_file={path}"),
+    )
+    context.console.print(steps.facts_table(f"Template for {settings.model.name}", facts))
+    context.notes(notes)

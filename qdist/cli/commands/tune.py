@@ -71,10 +71,13 @@ def run(context: Context[TuneSettings]) -> None:
         planner = Planner(
             graph, merged.record, job.taps, domain.plan_settings(settings.quantization)
         )
+        chosen = steps.make_choices(planner, settings.quantization)
+        planner = chosen.planner
+        context.notes(chosen.notes)
         note_overlap(context, evaluation, run_)
         with make_scorer(context, evaluation, frozen.source) as scorer:
             before = _float_score(context, scorer)
-            trials = _search(context, frozen, planner, target, scorer, run_, done)
+            trials = _search(context, frozen, chosen, target, scorer, run_, done)
         best = _keep_best(context, frozen, planner, target, trials)
         _report(context, frozen, before, best, trials, merged.notes, run_)
 
@@ -103,7 +106,7 @@ def _float_score(context: Context[TuneSettings], scorer: Scorer) -> EvalReport:
 def _search(
     context: Context[TuneSettings],
     frozen: FrozenModel,
-    planner: Planner,
+    chosen: steps.Chosen,
     target: Target,
     scorer: Scorer,
     parent: Run,
@@ -112,10 +115,10 @@ def _search(
     from actors.tune import TrialSetup, tune
 
     settings = context.settings
-    choices, why = steps.make_choices(planner, settings.quantization)
+    planner, choices = chosen.planner, chosen.choices
     source = calibrated.source
     with context.working("measuring how sensitive each layer is"):
-        errors = _sensitivities(context, frozen, planner, target, source, choices, set(why))
+        errors = _sensitivities(context, frozen, planner, target, source, choices, set(chosen.why))
     strategy = make_strategy(
         settings.search.strategy,
         choices,

@@ -1,0 +1,55 @@
+"""Residual blocks: what lies between a tensor and the sum that adds it back.
+
+A block is found from the graph alone, so that models without telling names have blocks too: an
+``Add`` of two activations, of which one is computed from the other (identity shortcut) or both
+from a common ancestor (projected shortcut), with a matmul- or conv-like layer on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qdist.model.adjacency import Adjacency
+from qdist.model.layers import Layer
+
+
+def find_blocks(layers: Sequence[Layer], adjacency: Adjacency) -> tuple[frozenset[str], ...]:
+    """The blocks in the order of the graph, each as the hosts of its layers, its sum included.
+
+    A block inside another is part of that one.
+    """
+    found: list[frozenset[str]] = []
+    order = {layer.name: i for i, layer in enumerate(layers)}
+    compute = {adjacency.host(layer.name) for layer in layers if layer.is_compute}
+    for layer in layers:
+        if is_sum(layer) and adjacency.host(layer.name) == layer.name:
+            block = _block(layer, adjacency, order)
+            if block & compute:
+                found.append(block)
+    return tuple(
+        block for i, block in enumerate(found) if not any(block < other for other in found[i + 1 :])
+    )
+
+
+def is_sum(layer: Layer) -> bool:
+    """Whether the layer adds two different activations."""
+    tensors = {entry.tensor for entry in layer.activations}
+    return layer.op_type == "Add" and len(tensors) == 2
+
+
+def _block(layer: Layer, adjacency: Adjacency, order: dict[str, int]) -> frozenset[str]:
+    one, other = (set(adjacency.makers(entry.tensor)) for entry in layer.activations)
+    if not one or not other:
+        return frozenset()
+    before_one, before_other = adjacency.before(one), adjacency.before(other)
+    if one <= before_other:
+        start = one
+    elif other <= before_one:
+        start = other
+    else:
+        common = before_one & before_other
+        if not common:
+            return frozenset()
+        start = {max(common, key=order.__getitem__)}
+    inside = adjacency.after(start) & adjacency.before([layer.name])
+    return frozenset(inside - start)
