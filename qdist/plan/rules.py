@@ -18,7 +18,8 @@ from qdist.plan.selector import is_of_tensors, nearby, select_layers, select_ten
 from qdist.plan.tensor_settings import TensorSettings
 
 WEIGHT_RANGE_BITS = "weight_range_bits"
-LAYER_SETTINGS = (*(entry.name for entry in fields(LayerChoice)), WEIGHT_RANGE_BITS)
+_CHOICE_FIELDS = tuple(entry.name for entry in fields(LayerChoice))
+LAYER_SETTINGS = tuple(dict.fromkeys((*_CHOICE_FIELDS, WEIGHT_RANGE_BITS)))
 TENSOR_SETTINGS = tuple(entry.name for entry in fields(TensorSettings) if entry.name != "why")
 
 
@@ -107,7 +108,8 @@ def _set_layers(found: Assignment, rule: Rule, index: LayerIndex) -> None:
 
 def _changed(choice: LayerChoice, rule: Rule) -> LayerChoice:
     settings = dict(rule.settings)
-    range_bits = settings.pop(WEIGHT_RANGE_BITS, None)
+    has_field = WEIGHT_RANGE_BITS in _CHOICE_FIELDS
+    range_bits = None if has_field else settings.pop(WEIGHT_RANGE_BITS, None)
     try:
         changed = replace(choice, **settings)
     except PlanError as error:
