@@ -4,7 +4,8 @@ Public samples and the vendor's manual show three column layouts; all are read b
 cell ``a;b`` is for parameters and for the output feature map: ``6;7`` bits of range, ``kld;null``
 saturation methods, ``tensor;group=4`` granularities (a group is along the last axis). ``op_id``
 numbers the operators of the network: here 0 is the input, then come the nodes of the frozen graph
-in order, then the output; that numbering is our reading, so types are checked beside numbers.
+in order, then the output; that numbering is our reading, so types are checked beside numbers. Rows
+of operators that only move data are for the vendor's tool; they change nothing here.
 """
 
 from __future__ import annotations
@@ -101,10 +102,11 @@ class MixTable:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operator:
     """An operator as Icraft numbers them: its ONNX type (``Input``, ``Output``), and the layer that
-    it is, if it is one."""
+    it is, if it is one; or the layer whose values it moves, if it moves any."""
 
     op_type: str
     layer: str | None = None
+    source: str | None = None
 
 
 def recognises(name: str, text: str) -> bool:
@@ -203,12 +205,15 @@ def template(before: Before, layout: str = "3.33") -> str:
 def operators(index: LayerIndex) -> list[Operator]:
     """The operators of the model in Icraft's order: input, nodes, output."""
     if index.graph is None:
-        nodes = [(layer.op_type, layer.name) for layer in index.layers]
+        nodes = [(layer.op_type, layer.name, layer.outputs) for layer in index.layers]
     else:
-        nodes = [(node.op_type, node.name) for node in index.graph.proto.graph.node]
+        proto = index.graph.proto.graph
+        nodes = [(node.op_type, node.name, tuple(node.output)) for node in proto.node]
     inner = [
-        Operator(op_type=op_type, layer=name if name in index.by_name else None)
-        for op_type, name in nodes
+        Operator(op_type=op_type, layer=name)
+        if name in index.by_name
+        else Operator(op_type=op_type, source=next(iter(index.adjacency.makers(outputs[0])), None))
+        for op_type, name, outputs in nodes
     ]
     return [Operator(op_type="Input"), *inner, Operator(op_type="Output")]
 
@@ -369,6 +374,8 @@ def _template_row(op_id: int, operator: Operator, before: Before) -> MixRow:
             dtype = _dtype(choice.precision, host)
             weight_method = choice.weight_method
             granularity = choice.granularity if index.by_name[operator.layer].weights else "tensor"
+    elif operator.source is not None and operator.source not in index.left_out:
+        dtype = _dtype(before.choices[operator.source].precision, operator.source)
     elif operator.op_type == "Input" and index.graph is not None:
         children = [name for t in index.graph.input_names for name in before.readers(t)]
     method = before.method_after(children) or "max"

@@ -10,13 +10,15 @@ kind. Keys may stand at the left margin, as the guide prints them, or below thei
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+from qdist.plan.choice import LayerChoice
 from qdist.plan.dialects.reading import Before, FileRules, cannot_write, exactly, line_of, refuse
+from qdist.plan.layer_index import LayerIndex
 from qdist.plan.precision import precision
-from qdist.plan.rules import Rule
+from qdist.plan.rules import Rule, apply_rules
 from qdist.plan.selector import close
 
 TYPES = {"s8": 8, "s16": 16}
@@ -93,13 +95,14 @@ def read(text: str, file: str, before: Before) -> FileRules:
     """
     by_kind: list[Rule] = []
     by_name: list[Rule] = []
+    carried: dict[str, tuple[int, str]] = {}
     for entry in parse(text, file):
         where = line_of(file, entry.line)
         for node in entry.nodes:
             layers = _named(node, before)
             if layers:
-                for layer in layers:
-                    by_name += _rules(layer, entry, before, where, always=bool(by_kind))
+                by_name += [_rule(layer, entry, where) for layer in layers]
+                carried |= _carried(layers, entry, where)
                 continue
             layers = _of_kind(node, before)
             if not layers:
@@ -107,9 +110,52 @@ def read(text: str, file: str, before: Before) -> FileRules:
                 kinds = sorted({layer.op_type for layer in before.index.choosable})
                 expected = f"a layer such as {', '.join(close(node, choosable))}, or a kind: "
                 raise refuse(where, f"no node {node!r}", expected + ", ".join(kinds))
-            for layer in layers:
-                by_kind += _rules(layer, entry, before, where, always=bool(by_kind))
-    return FileRules(rules=(*by_kind, *by_name))
+            by_kind += [_rule(layer, entry, where) for layer in layers]
+            carried = {**_carried(layers, entry, where), **carried}
+    return _effective([*by_kind, *by_name], carried, file, before)
+
+
+def _rule(layer: str, entry: Datatypes, where: str) -> Rule:
+    inputs = [TYPES[name] for name in entry.intypes]
+    pair = (inputs[0], inputs[1] if len(inputs) > 1 else inputs[0])
+    if pair not in _PRECISIONS:
+        expected = "weights in no more bits than activations: [s8], [s16] or [s16, s8]"
+        raise refuse(where, f"intypes {', '.join(entry.intypes)}", expected)
+    return Rule(match=f"layer:{layer}", settings={"precision": _PRECISIONS[pair]}, origin=where)
+
+
+def _carried(layers: Iterable[str], entry: Datatypes, where: str) -> dict[str, tuple[int, str]]:
+    """The layers whose output an entry carries in some bits (where there is an ``outtypes``)."""
+    if not entry.outtypes:
+        return {}
+    return dict.fromkeys(layers, (TYPES[entry.outtypes[0]], where))
+
+
+def _effective(
+    rules: list[Rule], carried: dict[str, tuple[int, str]], file: str, before: Before
+) -> FileRules:
+    """The rules that change something, and those that keep an output at the bits it is carried in
+    though a layer reads more."""
+    choices = apply_rules(before.index, before.choices, rules).choices
+    needed = [
+        rule
+        for layer, choice in choices.items()
+        if choice != before.choices[layer]
+        for rule in [next(r for r in reversed(rules) if r.match == f"layer:{layer}")]
+    ]
+    narrowed = []
+    for layer, (bits, where) in carried.items():
+        if bits < _bits_after(layer, before.index, choices):
+            narrowed.append(layer)
+            settings = {"most_bits": bits}
+            needed.append(Rule(match=f"output:layer:{layer}", settings=settings, origin=where))
+    notes: tuple[str, ...] = ()
+    if narrowed:
+        notes = (
+            f"{file}: {len(narrowed)} outputs are carried in 8 bits, though a layer after reads "
+            f"more: {', '.join(narrowed[:3])}",
+        )
+    return FileRules(rules=tuple(needed), notes=notes)
 
 
 def template(before: Before) -> str:
@@ -129,7 +175,7 @@ def template(before: Before) -> str:
             Datatypes(
                 nodes=(layer.name,),
                 intypes=intypes,
-                outtypes=(f"s{_bits_after(layer.name, before)}",),
+                outtypes=(f"s{_bits_after(layer.name, before.index, before.choices)}",),
             )
         )
     return render(entries)
@@ -140,15 +186,15 @@ def plain_name(name: str) -> str:
     return re.sub(r"[^0-9A-Za-z]+", "_", name).strip("_")
 
 
-def _bits_after(layer: str, before: Before) -> int:
-    """The most bits in which a layer's output is read; 16 where only floats read it."""
-    children = before.index.adjacency.children[layer]
+def _bits_after(layer: str, index: LayerIndex, choices: Mapping[str, LayerChoice]) -> int:
+    """The most bits in which quantized layers read a layer's output; 8 where none does."""
+    children = index.adjacency.children[index.adjacency.host(layer)]
     found = [
-        precision(before.choices[name].precision).activation_bits
+        precision(choices[name].precision).activation_bits
         for name in children
-        if name not in before.index.left_out
+        if name not in index.left_out
     ]
-    return max((16 if bits is None else max(bits, 8) for bits in found), default=8)
+    return max((max(bits, 8) for bits in found if bits is not None), default=8)
 
 
 def _named(node: str, before: Before) -> list[str]:
@@ -168,24 +214,6 @@ def _of_kind(node: str, before: Before) -> list[str]:
         for layer in before.index.choosable
         if fnmatchcase(layer.op_type.lower(), pattern)
     ]
-
-
-def _rules(layer: str, entry: Datatypes, before: Before, where: str, *, always: bool) -> list[Rule]:
-    """``always``: a rule by kind may have changed what the layer has, so nothing is left out."""
-    inputs = [TYPES[name] for name in entry.intypes]
-    pair = (inputs[0], inputs[1] if len(inputs) > 1 else inputs[0])
-    if pair not in _PRECISIONS:
-        expected = "weights in no more bits than activations: [s8], [s16] or [s16, s8]"
-        raise refuse(where, f"intypes {', '.join(entry.intypes)}", expected)
-    settings = {"precision": _PRECISIONS[pair]}
-    if always:
-        rules = [Rule(match=f"layer:{layer}", settings=settings, origin=where)]
-    else:
-        rules = before.layer_rule(layer, settings, where)
-    if entry.outtypes and TYPES[entry.outtypes[0]] < 16:
-        # A layer that reads more bits than are carried gets the bits that are carried.
-        rules += before.output_rule(layer, {"most_bits": 8}, where)
-    return rules
 
 
 def _entry(entry: dict[str, tuple[str, ...]], line: int, where: str) -> Datatypes:
