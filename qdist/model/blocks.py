@@ -37,10 +37,30 @@ def is_sum(layer: Layer) -> bool:
     return layer.op_type == "Add" and len(tensors) == 2
 
 
+def adds_back(layer: Layer, adjacency: Adjacency) -> bool:
+    """Whether a sum adds an input of the model, or an embedding, to what is made of it.
+
+    A mask is added too, but to what is not made of it, or time and again.
+    """
+    made_by = {entry.tensor: adjacency.makers(entry.tensor) for entry in layer.activations}
+    given = [tensor for tensor, makers in made_by.items() if not makers]
+    if len(given) != 1:
+        return False
+    (others,) = (makers for makers in made_by.values() if makers)
+    readers = set(adjacency.readers(given[0]))
+    above = adjacency.before(others)
+    # A sum that reads it higher up would be where a mask was added before.
+    return bool(readers & above) and not any(name in adjacency.sums for name in readers & above)
+
+
 def _block(layer: Layer, adjacency: Adjacency, order: dict[str, int]) -> frozenset[str]:
-    one, other = (set(adjacency.makers(entry.tensor)) for entry in layer.activations)
+    tensors = [entry.tensor for entry in layer.activations]
+    one, other = (set(adjacency.makers(tensor)) for tensor in tensors)
     if not one or not other:
-        return frozenset()
+        if not adds_back(layer, adjacency):
+            return frozenset()
+        start = set(adjacency.readers(tensors[0] if not one else tensors[1]))
+        return frozenset(adjacency.after(start) & adjacency.before([layer.name]))
     before_one, before_other = adjacency.before(one), adjacency.before(other)
     if one <= before_other:
         start = one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import string
 from typing import Any
@@ -45,7 +46,7 @@ def mix_tables(draw: Any) -> icraft.MixTable:
     for op_id in ids:
         dtype = draw(st.sampled_from([*DtypeName, "INT8", "FLOAT32"]))
         pair = draw(st.none() | st.tuples(st.integers(1, 32), st.integers(1, 32)))
-        extra = {
+        extra: dict[str, str] = {
             c: draw(words) for c in ("variance", "cal_amount_percent", "order") if c in columns
         }
         rows.append(
@@ -104,7 +105,7 @@ def test_knight_json(names: list[str], data: st.DataObject) -> None:
     found = knight.parse(text, "f")
     assert found == layers
     lines = text.splitlines()
-    assert all(knight.json.dumps(x.name, ensure_ascii=False) in lines[x.line - 1] for x in found)
+    assert all(json.dumps(x.name, ensure_ascii=False) in lines[x.line - 1] for x in found)
 
 
 types = st.sampled_from(list(slimai.TYPES))
