@@ -74,7 +74,7 @@ TEMPLATES: dict[str, Form] = {
         suffix="_mix_config.csv",
     ),
 }
-"""What ``quantization.template`` can be."""
+"""What ``qdist quantize --template`` can write."""
 
 
 def read_file(path: Path, form: str | None, before: Before) -> FileRules:
@@ -105,7 +105,7 @@ def form_of(path: Path, text: str) -> str:
         str(path),
         "a file of no known form",
         f"one of {', '.join(FORMS)}",
-        "name the form with quantization.rules_form, or write one with quantization.template",
+        "name the form with quantization.rules_form, or write one with qdist quantize --template",
     )
 
 

@@ -283,7 +283,7 @@ def _checked(row: MixRow, known: list[Operator], where: str) -> Operator:
             where,
             f"op_id {row.op_id}",
             f"0 to {len(known) - 1}: the input, the {len(known) - 2} nodes in order, the output",
-            "write a template for this model with quantization.template=icraft",
+            "write a template for this model with qdist quantize --template icraft",
         )
     operator = known[row.op_id]
     if row.op_type and _kind(row.op_type) != _kind(operator.op_type):
@@ -292,7 +292,7 @@ def _checked(row: MixRow, known: list[Operator], where: str) -> Operator:
             where,
             f"op_id {row.op_id} of type {row.op_type!r}",
             f"{operator.op_type}{name}, which has that number in this model",
-            "write a template for this model with quantization.template=icraft",
+            "write a template for this model with qdist quantize --template icraft",
         )
     return operator
 

@@ -170,5 +170,5 @@ def _check_name(layer: KnightLayer, before: Before, where: str) -> None:
             where,
             f"{layer.name!r}, which has no choice of its own ({reason})",
             "layers that are quantized, as a template lists them",
-            "remove it; quantization.template=knight writes what can be chosen",
+            "remove it; qdist quantize --template knight writes what can be chosen",
         )

@@ -8,7 +8,7 @@ more bits than its other neighbours; Abs cannot be mixed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from qdist.errors import PlanError
@@ -41,6 +41,20 @@ def check_neighbours(
             expected=found.rule,
             mend="give both layers the same bitwidth",
         )
+
+
+def closure(index: LayerIndex, raised: Iterable[str]) -> frozenset[str]:
+    """``raised``, and as few more layers at 16 bits as it takes for no violation to be left."""
+    wide = set(raised)
+    while True:
+        bits = {layer.name: 16 if layer.name in wide else 8 for layer in index.choosable}
+        low = {
+            found.layer if bits[found.layer] < bits[found.other] else found.other
+            for found in violations(index, bits)
+        }
+        if not low:
+            return frozenset(wide)
+        wide |= low
 
 
 def violations(index: LayerIndex, bits: Mapping[str, int]) -> Iterator[Violation]:
