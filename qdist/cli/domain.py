@@ -90,6 +90,21 @@ def evaluation_source(config: schema.DataConfig) -> DataSource:
     return source(calibration)
 
 
+def calibration_source(config: schema.DataConfig) -> DataSource:
+    """The calibration set where it is a data set of its own. Raises QD105 for captured and random
+    samples, which are made while calibrating."""
+    calibration = config.calibration
+    if isinstance(calibration, schema.CapturedSamples | schema.RandomSamples):
+        raise ConfigError(
+            "QD105",
+            where="data.calibration",
+            got=f"{calibration.kind} samples",
+            expected="samples that can be read again",
+            mend="give a data set of arrays, images, text or a function, or use qdist tune",
+        )
+    return source(calibration)
+
+
 def preprocess(config: schema.PreprocessConfig) -> Preprocess:
     """What turns stored values into model inputs."""
     return Preprocess(

@@ -117,6 +117,33 @@ class RuleConfig(Group):
     bounds: list[float] | None = None
 
 
+class MixConfig(Group):
+    """Mixed precision without a search."""
+
+    strategy: str | list[str] = Field(
+        description="initial, io_high, hawq, cosine, variance, lstm, some of them, or Icraft's "
+        "defaults: buyi, zhuge"
+    )
+    high: str = Field("auto", description="precision to raise layers to; auto: the next one up")
+    low_share: float | None = Field(
+        None, ge=0, le=1, description="share of the layers that are not raised"
+    )
+    threshold: float | None = Field(
+        None, description="raise below this cosine, or variance; null: the strategy's own"
+    )
+    high_saturation: str | None = Field(
+        None, description="threshold method of raised layers; null: theirs"
+    )
+    together: Literal["none", "groups", "knight"] = Field(
+        "none",
+        description="raise what must agree too: concats, residual sums and Q/K/V, or by Knight's "
+        "rules",
+    )
+    samples: int = Field(32, ge=1, description="samples of hawq and cosine, which run the model")
+    batch: int = Field(8, ge=1, description="samples per run")
+    probes: int = Field(4, ge=1, description="random directions per weight, for hawq")
+
+
 class QuantizationConfig(Group):
     """What every layer gets unless a rule says otherwise."""
 
@@ -148,6 +175,9 @@ class QuantizationConfig(Group):
         None,
         description="their form: icraft, icraft_saturation, knight, slimai, slimai_profile or "
         "sophgo; null: by content",
+    )
+    mix: MixConfig | None = Field(
+        None, description="raise some layers, {strategy: variance, low_share: 0.8}; null: none"
     )
     fpfwd_inputs: list[str] = Field(
         [], description="layers that stay float with all before them (Sophgo)"
@@ -307,9 +337,11 @@ class CalibrateSettings(CommandSettings):
 class QuantizeSettings(CommandSettings):
     """Choose ranges from the stored statistics; write the plan and the quantized model.
 
-    Never runs the float model: any method and precision comes from one calibration.
+    Never runs the float model (but for quantization.mix with hawq or cosine, which need data): any
+    method and precision comes from one calibration.
     """
 
+    data: DataConfig | None = None
     store: StoreConfig
     quantization: QuantizationConfig
     target: TargetConfig
@@ -420,6 +452,7 @@ __all__ = [
     "ImageSamples",
     "ImagesConfig",
     "MetricConfig",
+    "MixConfig",
     "ModelConfig",
     "OutputConfig",
     "PreprocessConfig",

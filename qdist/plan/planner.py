@@ -27,6 +27,7 @@ from qdist.plan.rules import Rule
 from qdist.plan.selector import select_layers, select_tensors
 from qdist.plan.tensor_settings import TensorSettings
 from qdist.plan.weight_range import weight_quantizer
+from qdist.stats.histogram import Density
 from qdist.stats.record import CalibrationRecord
 from qdist.threshold.blocks import mean_threshold
 from qdist.threshold.registry import find_threshold
@@ -74,6 +75,11 @@ class Planner:
         """The planner of the same model and record with other settings of single tensors."""
         settings = replace(self.settings, tensors=dict(tensors))
         return Planner(self.graph, self._record, self.taps, settings, self._blocks)
+
+    @property
+    def record(self) -> CalibrationRecord:
+        """The statistics that ranges come from."""
+        return self._record
 
     def choosable(self) -> tuple[Layer, ...]:
         """The layers whose choice changes anything: in scope and not fused into another."""
@@ -158,6 +164,15 @@ class Planner:
         if rule.settings.get("precision") == "float32":
             return None
         return self._left_out.get(name)
+
+    def densities(self, plan: QuantizationPlan) -> dict[str, Density]:
+        """The measured values of every activation that the plan quantizes, by its name."""
+        names = {entry.tensor for layer in plan.layers for entry in layer.activations}
+        return {
+            name: split_sentinels(self._record.histogram(self._row(name)).finite).body
+            for name in names
+            if self._row(name) in self._record
+        }
 
     def weight_elements(self, layer: Layer) -> int:
         """How many weight values a matmul- or conv-like layer has; 0 for any other."""

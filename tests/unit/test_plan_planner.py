@@ -97,7 +97,7 @@ def test_an_activation_gets_the_threshold_of_its_histogram(
     plan = plan_with(planner, saturation=method, precision=precision)
     found = layer(plan, "second").activations[0].quantizer
     levels = activation_levels(bits, symmetric=False)
-    threshold = find_threshold(planner._record.histogram("r").finite, levels, method)
+    threshold = find_threshold(planner.record.histogram("r").finite, levels, method)
     scale, zero = scale_and_zero(threshold.low, threshold.high, levels)
     assert (found.scales, found.zero_points) == ((scale,), (zero,))
     assert found.bounds == (threshold.low, threshold.high)
@@ -173,7 +173,7 @@ def test_the_compute_scope_leaves_pointwise_layers_float(tmp_path: Path) -> None
     assert [entry.name for entry in plan.layers if entry.is_quantized] == ["first", "second"]
     assert {entry.name for entry in planner.choosable()} == {"first", "second"}
     with pytest.raises(ValueError, match="scope"):
-        Planner(planner.graph, planner._record, planner.taps, PlanSettings(scope="some"))
+        Planner(planner.graph, planner.record, planner.taps, PlanSettings(scope="some"))
 
 
 def test_a_tensor_that_was_not_measured_is_an_error(tmp_path: Path) -> None:
@@ -193,9 +193,9 @@ def test_one_plan_after_another_is_the_same(planner: Planner) -> None:
     first = plan_with(planner)
     plan_with(planner, precision="w4a16", saturation="max", granularity="tensor")
     assert plan_with(planner) == first
-    fresh = Planner(planner.graph, planner._record, planner.taps)
+    fresh = Planner(planner.graph, planner.record, planner.taps)
     assert plan_with(fresh).digest == first.digest
-    assert first.statistics_digest == planner._record.digest
+    assert first.statistics_digest == planner.record.digest
     assert first.model_digest == planner.graph.model.digest
 
 

@@ -146,7 +146,7 @@ def test_provenance_names_the_statistics_of_each_tensor(planner: Planner) -> Non
 def test_settings_of_tensors_go_where_the_planner_goes(planner: Planner) -> None:
     found = apply_rules(planner.index, LayerChoice(), [rule("tensor:x", th_scale=0.5)])
     ruled = planner.with_tensors(found.tensors)
-    again = Planner(ruled.graph, ruled._record, ruled.taps, ruled.settings)
+    again = Planner(ruled.graph, ruled.record, ruled.taps, ruled.settings)
     assert again.plan(found.choices) == ruled.plan(found.choices)
     assert isinstance(ruled.settings, PlanSettings)
     assert planner.settings.tensors == {}

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from qdist.calibration.blockwise import block_records
 from qdist.cli import domain
 from qdist.cli.commands import steps
+from qdist.cli.commands.mixing import check_data, mix_of, mixed
 from qdist.cli.context import Context
 from qdist.cli.schema import QuantizeSettings
 from qdist.emit.qdq import emit_qdq, refuse_overwriting
+from qdist.errors import ArtifactError
 from qdist.files import write_text
+from qdist.model.freeze import FrozenModel
 from qdist.model.graph import Graph
 from qdist.plan.dialects.forms import TEMPLATES, unknown_form
 from qdist.plan.dialects.reading import Before
 from qdist.plan.layer_index import find_index
 from qdist.plan.planner import Planner
 from qdist.plan.target import Target
+from qdist.store.zarr_store import ZarrStore
 
 ARTIFACT = "model.onnx"
 PLAN = "plan.json"
@@ -26,23 +32,18 @@ def run(context: Context[QuantizeSettings]) -> None:
     # Refuse wrong settings before anything slow.
     target: Target = domain.target(settings.target)
     domain.default_choice(settings.quantization)
+    mix = mix_of(settings.quantization)
+    if mix is not None:
+        check_data(mix[0], settings.data)
     if settings.template is not None:
-        _write_template(context, settings.template)
+        _write_template(context, settings.template, target)
         return
     folder = context.make_folder()
     frozen = context.frozen_model()
     refuse_overwriting(frozen, folder / ARTIFACT)
-    store, merge = steps.open_statistics(frozen, domain.location(settings.store.path))
-    record = merge.record
-    blocks = block_records(store, merge.name) if settings.quantization.average_blocks else ()
-    planner = Planner(
-        Graph(frozen, context.execution),
-        record,
-        merge.taps,
-        domain.plan_settings(settings.quantization),
-        blocks,
-    )
-    chosen = steps.make_choices(planner, settings.quantization)
+    planner, store = _planner(context, frozen)
+    record = planner.record
+    chosen = _chosen(context, planner, target)
     projected = target.project(chosen.planner.plan(chosen.choices, chosen.why, chosen.notes))
     steps.check_opset(projected.plan, store)
     with context.tracked(
@@ -89,7 +90,33 @@ def run(context: Context[QuantizeSettings]) -> None:
     )
 
 
-def _write_template(context: Context[QuantizeSettings], name: str) -> None:
+def _planner(context: Context[QuantizeSettings], frozen: FrozenModel) -> tuple[Planner, ZarrStore]:
+    """A planner on the stored statistics, and the store."""
+    settings = context.settings
+    store, merge = steps.open_statistics(frozen, domain.location(settings.store.path))
+    blocks = block_records(store, merge.name) if settings.quantization.average_blocks else ()
+    planner = Planner(
+        Graph(frozen, context.execution),
+        merge.record,
+        merge.taps,
+        domain.plan_settings(settings.quantization),
+        blocks,
+    )
+    return planner, store
+
+
+def _chosen(context: Context[QuantizeSettings], planner: Planner, target: Target) -> steps.Chosen:
+    """What rules, files and pickers choose."""
+    settings = context.settings
+    chosen = steps.make_choices(planner, settings.quantization)
+    mix = mix_of(settings.quantization)
+    source = None
+    if mix is not None and mix[0].runs_model and settings.data is not None:
+        source = domain.calibration_source(settings.data)
+    return mixed(context, chosen, settings.quantization, target, source)
+
+
+def _write_template(context: Context[QuantizeSettings], name: str, target: Target) -> None:
     """A vendor's file of rules that says what every layer has, to be edited; needs no statistics.
 
     Raises QD507 for choices that the file has no word for, QD508 for an unknown form.
@@ -99,19 +126,37 @@ def _write_template(context: Context[QuantizeSettings], name: str) -> None:
     form = TEMPLATES[name]
     settings = context.settings
     folder = context.make_folder()
-    index = find_index(
-        Graph(context.frozen_model(), context.execution), settings.quantization.scope
-    )
-    assignment, _, notes = steps.apply_all_rules(index, settings.quantization)
+    frozen = context.frozen_model()
+    if settings.quantization.mix is None:
+        index = find_index(Graph(frozen, context.execution), settings.quantization.scope)
+        assignment, _, notes = steps.apply_all_rules(index, settings.quantization)
+        before = Before(index=index, choices=assignment.choices)
+    else:
+        planner, _ = _planner(context, frozen)
+        chosen = _chosen(context, planner, target)
+        before, notes = Before(index=planner.index, choices=chosen.choices), list(chosen.notes)
     if form.template is None:
         raise unknown_form(name, "template", tuple(TEMPLATES))
-    text = form.template(Before(index=index, choices=assignment.choices))
-    path = write_text(folder / f"{settings.model.name}{form.suffix}", text)
+    path = _keep_edits(folder / f"{settings.model.name}{form.suffix}", form.template(before))
     facts = (
         ("form", name),
-        ("layers", str(len(index.choosable))),
+        ("layers", str(len(before.index.choosable))),
         ("template", str(path)),
-        ("to use it", f"qdist quantize ... quantization.rules_file={path}"),
     )
     context.console.print(steps.facts_table(f"Template for {settings.model.name}", facts))
     context.notes(notes)
+    # What is to be copied stands below the table, where nothing wraps it.
+    context.say(f"when edited: qdist quantize ... quantization.rules_file={path}")
+
+
+def _keep_edits(path: Path, text: str) -> Path:
+    """Write a template. Raises QD603 over a file of other content, which may have been edited."""
+    if path.exists() and path.read_bytes() != text.encode():
+        raise ArtifactError(
+            "QD603",
+            where=str(path),
+            got="a file of other content, perhaps an edited template",
+            expected="no such file",
+            mend="move it, or choose another place with output.folder=PATH",
+        )
+    return write_text(path, text)
