@@ -25,7 +25,7 @@ from qdist.search.pickers.variance import variance
 
 
 def mix_of(config: schema.QuantizationConfig) -> tuple[Mix, PickSettings] | None:
-    """The pickers and their settings; None for none. Raises QD501, QD506, QD507."""
+    """The pickers and their settings; None for none. Raises QD104, QD107, QD501, QD506."""
     given = config.mix
     if given is None:
         return None

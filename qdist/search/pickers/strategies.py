@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qdist.errors import PlanError
+from qdist.errors import ConfigError
 from qdist.search.pickers.picking import Picked
 
 PICKERS = ("initial", "io_high", "hawq", "cosine", "variance", "lstm")
@@ -42,7 +42,7 @@ def find_mix(strategies: Sequence[str], high: str, base: str) -> Mix:
     ``buyi`` and ``zhuge`` stand for what Icraft does by default on these architectures. ``high``:
     a precision, or ``auto`` for the next one up: as Icraft has it where one of its names is given
     (int8 to fp16 on Zhuge, to int16 on Buyi, 16-bit floats to tf32), else int16 above 8 bits.
-    Raises QD507 for a name that is unknown, or where there is nothing above.
+    Raises QD104 for a name that is unknown, QD107 where there is nothing above.
     """
     names: list[str] = []
     architecture = ""
@@ -50,8 +50,8 @@ def find_mix(strategies: Sequence[str], high: str, base: str) -> Mix:
         if name in ICRAFT_DEFAULTS:
             architecture = name
         elif name not in PICKERS:
-            raise PlanError(
-                "QD507",
+            raise ConfigError(
+                "QD104",
                 where="quantization.mix.strategy",
                 got=repr(name),
                 expected=f"some of {', '.join((*PICKERS, *ICRAFT_DEFAULTS))}",
@@ -79,8 +79,8 @@ def _next(base: str, architecture: str) -> str:
     if known is None:
         known = {"w4a8": "int8", "int8": "int16", "w8a16": "int16", "bf16": "tf32", "fp16": "tf32"}
     if base not in known:
-        raise PlanError(
-            "QD507",
+        raise ConfigError(
+            "QD107",
             where="quantization.mix.high",
             got=f"auto above {base}",
             expected=f"one of {', '.join(known)} as quantization.precision",
