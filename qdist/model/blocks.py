@@ -7,10 +7,14 @@ from a common ancestor (projected shortcut), with a matmul- or conv-like layer o
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 
 from qdist.model.adjacency import Adjacency
 from qdist.model.layers import Layer
+
+_BOTH = 3
+"""Both sides of a sum, as bits."""
 
 
 def find_blocks(layers: Sequence[Layer], adjacency: Adjacency) -> tuple[frozenset[str], ...]:
@@ -61,15 +65,40 @@ def _block(layer: Layer, adjacency: Adjacency, order: dict[str, int]) -> frozens
             return frozenset()
         start = set(adjacency.readers(tensors[0] if not one else tensors[1]))
         return frozenset(adjacency.after(start) & adjacency.before([layer.name]))
-    before_one, before_other = adjacency.before(one), adjacency.before(other)
-    if one <= before_other:
-        start = one
-    elif other <= before_one:
-        start = other
-    else:
-        common = before_one & before_other
-        if not common:
-            return frozenset()
-        start = {max(common, key=order.__getitem__)}
-    inside = adjacency.after(start) & adjacency.before([layer.name])
-    return frozenset(inside - start)
+    above, root = _above(one, other, adjacency, order)
+    if root is None:
+        return frozenset()
+    inside = {root}
+    for name in sorted(above, key=order.__getitem__):
+        if any(parent in inside for parent in adjacency.parents[name]):
+            inside.add(name)
+    return frozenset(inside - {root} | {layer.name})
+
+
+def _above(
+    one: set[str], other: set[str], adjacency: Adjacency, order: dict[str, int]
+) -> tuple[set[str], str | None]:
+    """What lies between two sets of layers and the last layer that both come from, and that layer
+    (which may be in one of the sets); None where they have nothing in common.
+
+    The latest of the layers not yet seen comes first, so nothing above the block is looked at.
+    """
+    sides: dict[str, int] = {}
+    for side, names in ((1, one), (2, other)):
+        for name in names:
+            sides[name] = sides.get(name, 0) | side
+    front = [-order[name] for name in sides]
+    heapq.heapify(front)
+    names_of = {order[name]: name for name in sides}
+    above: set[str] = set()
+    while front:
+        name = names_of[-heapq.heappop(front)]
+        if sides[name] == _BOTH:
+            return above, name
+        above.add(name)
+        for parent in adjacency.parents[name]:
+            if parent not in sides:
+                heapq.heappush(front, -order[parent])
+                names_of[order[parent]] = parent
+            sides[parent] = sides.get(parent, 0) | sides[name]
+    return above, None

@@ -60,6 +60,20 @@ class LayerIndex:
         return tuple(layer for layer in self.layers if self.is_choosable(layer))
 
     @cached_property
+    def readers(self) -> dict[str, tuple[str, ...]]:
+        """Activation -> the layers that read it under this name and can have a choice."""
+        found: dict[str, dict[str, None]] = {}
+        for layer in self.choosable:
+            for entry in layer.activations:
+                found.setdefault(entry.tensor, {})[layer.name] = None
+        return {name: tuple(layers) for name, layers in found.items()}
+
+    @cached_property
+    def tensor_names(self) -> frozenset[str]:
+        """The names of `tensors`."""
+        return frozenset(self.tensors)
+
+    @cached_property
     def tensors(self) -> tuple[str, ...]:
         """Every tensor that a layer reads or makes, once, in order; weights included."""
         found: dict[str, None] = {}

@@ -37,12 +37,14 @@ from qdist.threshold.sentinel import LEAST_GAP, LEAST_MAGNITUDE, split_sentinels
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSettings:
     """What holds for the whole model: the scope (`scope.SCOPES`), whether activations are
-    symmetric, parameters of the threshold method, and what rules say about single tensors."""
+    symmetric, parameters of the threshold method, what rules say about single tensors, and for
+    layers that a rule is about, which (unless a plan is told otherwise)."""
 
     scope: str = "all"
     symmetric: bool = False
     saturation_parameters: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, TensorSettings] = field(default_factory=dict)
+    why: Mapping[str, str] = field(default_factory=dict)
 
 
 class Planner:
@@ -71,10 +73,17 @@ class Planner:
         self._weights: dict[tuple[Any, ...], Quantizer | str] = {}
         self._digests: dict[str, str] = {}
 
-    def with_tensors(self, tensors: Mapping[str, TensorSettings]) -> Planner:
-        """The planner of the same model and record with other settings of single tensors."""
-        settings = replace(self.settings, tensors=dict(tensors))
-        return Planner(self.graph, self._record, self.taps, settings, self._blocks)
+    def with_rules(
+        self, tensors: Mapping[str, TensorSettings], why: Mapping[str, str] | None = None
+    ) -> Planner:
+        """The planner of the same model and record with other settings of single tensors, and
+        other rules that layers' choices come from."""
+        settings = replace(self.settings, tensors=dict(tensors), why=dict(why or {}))
+        other = Planner(self.graph, self._record, self.taps, settings, self._blocks)
+        if settings.tensors == self.settings.tensors:
+            # Ranges depend on nothing else that differs.
+            other._activations, other._weights = self._activations, self._weights
+        return other
 
     @property
     def record(self) -> CalibrationRecord:
@@ -96,8 +105,9 @@ class Planner:
         Raises QD406 when a row was not measured, QD209 when no layer can be quantized though the
         choices ask for it.
         """
+        known = {**self.settings.why, **(why or {})}
         layers = tuple(
-            self._layer(layer, choices[layer.name], (why or {}).get(layer.name, "default"))
+            self._layer(layer, choices[layer.name], known.get(layer.name, "default"))
             for layer in self.layers
         )
         if not any(layer.is_quantized for layer in layers):
@@ -113,9 +123,14 @@ class Planner:
         """Raise QD503 for a rule without effect: every layer that it matches is computed with
         another, or stays float though the rule asks for more; or no layer that can be quantized
         reads any of its tensors."""
+        read = {
+            self._row(entry.tensor)
+            for layer in self.choosable()
+            for entry in (*layer.activations, *layer.weights)
+        }
         for rule in rules:
             if rule.is_of_tensors:
-                self._check_tensor_rule(rule)
+                self._check_tensor_rule(rule, read)
                 continue
             matched = select_layers(rule.match, self.index)
             idle = {
@@ -137,12 +152,7 @@ class Planner:
                 mend="correct or remove the rule; qdist show lists the layers",
             )
 
-    def _check_tensor_rule(self, rule: Rule) -> None:
-        read = {
-            self._row(entry.tensor)
-            for layer in self.choosable()
-            for entry in (*layer.activations, *layer.weights)
-        }
+    def _check_tensor_rule(self, rule: Rule, read: set[str]) -> None:
         names = select_tensors(rule.match, self.index)
         if names and not any(self._row(name) in read for name in names):
             raise PlanError(

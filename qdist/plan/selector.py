@@ -34,6 +34,7 @@ LAYER = "layer:"
 TENSOR = "tensor:"
 OUTPUT = "output:"
 _AND = " & "
+_MAGIC = re.compile(r"[*?\[]")
 Names = tuple[str, ...]
 
 
@@ -63,6 +64,8 @@ def select_tensors(match: str, index: LayerIndex) -> Names:
     """The tensors that ``match`` takes. Raises QD503 as `select_layers` does."""
     if match.startswith(TENSOR):
         wanted = match.removeprefix(TENSOR)
+        if not _MAGIC.search(wanted):
+            return (wanted,) if wanted in index.tensor_names else ()
         return tuple(n for n in index.tensors if n == wanted or fnmatchcase(n, wanted))
     layers = select_layers(match.removeprefix(OUTPUT), index)
     outputs = (name for layer in layers for name in index.adjacency.outputs(layer.name))

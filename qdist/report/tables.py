@@ -247,7 +247,8 @@ def _about(layer: LayerPlan) -> list[str]:
         lines.append(f"weights {quantizer.dtype} {grain}, {quantizer.method}")
     if layer.why and layer.why != "default":
         lines.append(layer.why)
-    return lines
+    ruled = (entry for entry in (*layer.activations, *layer.weights) if entry.provenance.rule)
+    return [*lines, *(f"{entry.tensor}: {entry.provenance.rule}" for entry in ruled)]
 
 
 def _columns(quantizers: Sequence[Quantizer]) -> list[list[str]]:

@@ -27,7 +27,7 @@ def planner(tmp_path_factory: pytest.TempPathFactory) -> Planner:
 
 def planned(planner: Planner, *rules: Rule, choice: LayerChoice | None = None) -> QuantizationPlan:
     found = apply_rules(planner.index, choice or LayerChoice(saturation="max"), rules)
-    ruled = planner.with_tensors(found.tensors)
+    ruled = planner.with_rules(found.tensors)
     ruled.check_rules(rules)
     return ruled.plan(found.choices, found.why)
 
@@ -143,9 +143,17 @@ def test_provenance_names_the_statistics_of_each_tensor(planner: Planner) -> Non
     assert len(set(digests.values())) == len(digests)
 
 
+def test_a_plan_of_a_later_trial_still_names_the_rules(planner: Planner) -> None:
+    found = apply_rules(planner.index, LayerChoice(), [rule("head", precision="int16")])
+    ruled = planner.with_rules(found.tensors, found.why)
+    plan = ruled.plan(found.choices, {"stem": "trial 3"})
+    assert layer(plan, "head").why == "rule head (f.csv line 2)"
+    assert (layer(plan, "stem").why, layer(plan, "left").why) == ("trial 3", "default")
+
+
 def test_settings_of_tensors_go_where_the_planner_goes(planner: Planner) -> None:
     found = apply_rules(planner.index, LayerChoice(), [rule("tensor:x", th_scale=0.5)])
-    ruled = planner.with_tensors(found.tensors)
+    ruled = planner.with_rules(found.tensors)
     again = Planner(ruled.graph, ruled.record, ruled.taps, ruled.settings)
     assert again.plan(found.choices) == ruled.plan(found.choices)
     assert isinstance(ruled.settings, PlanSettings)

@@ -85,10 +85,13 @@ def mixed(
     why = {name: f"{label}: {picked.why.get(name, 'raised')}" for name in picked.raised}
     n = len(chosen.planner.choosable())
     note = f"{label} raises {len(picked.raised)} of {n} layers to {mix.high}"
+    planner = chosen.planner
+    whole = {**chosen.why, **why}
     return replace(
         chosen,
+        planner=planner.with_rules(planner.settings.tensors, whole),
         choices=raised_choices(chosen.choices, picked, settings),
-        why={**chosen.why, **why},
+        why=whole,
         notes=(*chosen.notes, note, *picked.notes),
     )
 

@@ -287,8 +287,8 @@ class Chosen:
 def make_choices(planner: Planner, config: schema.QuantizationConfig) -> Chosen:
     """What the configuration and vendors' files choose. Raises QD503 and QD506 to QD509."""
     assignment, rules, notes = apply_all_rules(planner.index, config)
-    planner = planner.with_tensors(assignment.tensors) if assignment.tensors else planner
     planner.check_rules(rules)
+    planner = planner.with_rules(assignment.tensors, assignment.why)
     return Chosen(
         planner=planner, choices=assignment.choices, why=assignment.why, notes=tuple(notes)
     )

@@ -55,11 +55,7 @@ class Before:
 
     def readers(self, tensor: str) -> tuple[str, ...]:
         """The layers that read a tensor by its name and can be quantized."""
-        return tuple(
-            layer.name
-            for layer in self.index.choosable
-            if any(entry.tensor == tensor for entry in layer.activations)
-        )
+        return self.index.readers.get(tensor, ())
 
     def method_after(self, children: Iterable[str]) -> str | None:
         """The threshold method that the layers which read a tensor use (the first, where they

@@ -96,10 +96,11 @@ def read(text: str, file: str, before: Before) -> FileRules:
     by_kind: list[Rule] = []
     by_name: list[Rule] = []
     carried: dict[str, tuple[int, str]] = {}
+    names = _names(before.index)
     for entry in parse(text, file):
         where = line_of(file, entry.line)
         for node in entry.nodes:
-            layers = _named(node, before)
+            layers = _named(node, names)
             if layers:
                 by_name += [_rule(layer, entry, where) for layer in layers]
                 carried |= _carried(layers, entry, where)
@@ -137,11 +138,11 @@ def _effective(
     """The rules that change something, and those that keep an output at the bits it is carried in
     though a layer reads more."""
     choices = apply_rules(before.index, before.choices, rules).choices
+    last = {rule.match: rule for rule in rules}
     needed = [
-        rule
+        last[f"layer:{layer}"]
         for layer, choice in choices.items()
         if choice != before.choices[layer]
-        for rule in [next(r for r in reversed(rules) if r.match == f"layer:{layer}")]
     ]
     narrowed = []
     for layer, (bits, where) in carried.items():
@@ -197,13 +198,21 @@ def _bits_after(layer: str, index: LayerIndex, choices: Mapping[str, LayerChoice
     return max((max(bits, 8) for bits in found if bits is not None), default=8)
 
 
-def _named(node: str, before: Before) -> list[str]:
+def _names(index: LayerIndex) -> dict[str, list[str]]:
+    """What a node may be called -> the layers of that name, as it is or plain."""
+    found: dict[str, list[str]] = {}
+    for layer in index.choosable:
+        for name in dict.fromkeys((layer.name, plain_name(layer.name))):
+            found.setdefault(name, []).append(layer.name)
+    return found
+
+
+def _named(node: str, names: Mapping[str, list[str]]) -> list[str]:
+    if "*" not in node:
+        return names.get(node, [])
     pattern = exactly(node).replace("[*]", "*")
-    return [
-        layer.name
-        for layer in before.index.choosable
-        if fnmatchcase(layer.name, pattern) or fnmatchcase(plain_name(layer.name), pattern)
-    ]
+    hits = (layers for name, layers in names.items() if fnmatchcase(name, pattern))
+    return list(dict.fromkeys(layer for layers in hits for layer in layers))
 
 
 def _of_kind(node: str, before: Before) -> list[str]:
