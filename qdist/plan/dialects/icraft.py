@@ -28,6 +28,7 @@ from qdist.plan.dialects.reading import (
 from qdist.plan.dtype_name import DtypeName, dtype_name
 from qdist.plan.layer_index import LayerIndex
 from qdist.plan.rules import WEIGHT_RANGE_BITS, Rule
+from qdist.threshold import registry as threshold_registry
 
 LAYOUTS: dict[str, tuple[str, ...]] = {
     "3.33": (
@@ -52,9 +53,16 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "manual": ("op_id", "type", "dtype", "value_range_in_bits", "per", "saturation"),
 }
 """By name: that of version 3.33 and later, that of a public sample, that of the manual."""
-METHODS = {"kld": "kl", "ems": "mse", "null": "max"}
+METHODS = {
+    # Icraft's own definition of KL has a name of its own where there is one.
+    "kld": "kld" if "kld" in threshold_registry.METHODS else "kl",
+    "ems": "mse",
+    "null": "max",
+}
 """Icraft's saturation methods in our words."""
-_ICRAFT_METHODS = {ours: theirs for theirs, ours in METHODS.items()}
+_KLD = ("kl", "kld")
+"""Methods that are written as ``kld``, and stay what they are where a file says so."""
+_ICRAFT_METHODS = {"mse": "ems", "max": "null", **dict.fromkeys(_KLD, "kld")}
 _FLOAT_QDTYPES = ("bf16", "fp16", "tf32")
 _PASSED_ON = ("variance", "cal_amount_percent", "order")
 _PAIRS = ("value_range_in_bits", "saturation", "per")
@@ -324,12 +332,12 @@ def _rules(row: MixRow, operator: Operator, before: Before, where: str) -> list[
         graph = before.index.graph
         if operator.op_type != "Input" or graph is None:
             return []
-        found = (before.input_rule(name, output, where) for name in graph.input_names)
+        found = (before.input_rule(name, output, where, _KLD) for name in graph.input_names)
         return [rule for rules in found for rule in rules]
     index = before.index
     if not index.is_choosable(index.by_name[operator.layer]):
         # What it gives is the feature map that a layer after it reads.
-        return before.output_rule(operator.layer, output, where)
+        return before.output_rule(operator.layer, output, where, _KLD)
     settings: dict[str, object] = {"precision": dtype.precision}
     if dtype.is_integer:
         if row.saturation is not None:
@@ -340,7 +348,7 @@ def _rules(row: MixRow, operator: Operator, before: Before, where: str) -> list[
         settings[WEIGHT_RANGE_BITS] = _bits(row.bits[0], dtype, where)
     return [
         *before.layer_rule(operator.layer, settings, where),
-        *before.output_rule(operator.layer, output, where),
+        *before.output_rule(operator.layer, output, where, _KLD),
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,16 +42,30 @@ class Before:
             new |= {k: v for k, v in settings.items() if k == "weight_saturation"}
         return [Rule(match=f"layer:{layer}", settings=new, origin=origin)] if new else []
 
-    def output_rule(self, layer: str, settings: Mapping[str, Any], origin: str) -> list[Rule]:
-        """A rule for the output of ``layer``, for what the layers that read it do not have."""
-        children = self.index.adjacency.children[self.index.adjacency.host(layer)]
-        return self._tensor_rule(f"output:layer:{layer}", children, settings, origin)
+    def output_rule(
+        self,
+        layer: str,
+        settings: Mapping[str, Any],
+        origin: str,
+        alike: Collection[str] = (),
+    ) -> list[Rule]:
+        """A rule for the output of ``layer``, for what the layers that read it do not have.
 
-    def input_rule(self, tensor: str, settings: Mapping[str, Any], origin: str) -> list[Rule]:
+        ``alike``: threshold methods that the file has one word for, so that any of them stays.
+        """
+        children = self.index.adjacency.children[self.index.adjacency.host(layer)]
+        return self._tensor_rule(f"output:layer:{layer}", children, settings, origin, alike)
+
+    def input_rule(
+        self,
+        tensor: str,
+        settings: Mapping[str, Any],
+        origin: str,
+        alike: Collection[str] = (),
+    ) -> list[Rule]:
         """The same for a tensor, by the layers that read it under this name."""
-        return self._tensor_rule(
-            f"tensor:{exactly(tensor)}", self.readers(tensor), settings, origin
-        )
+        match = f"tensor:{exactly(tensor)}"
+        return self._tensor_rule(match, self.readers(tensor), settings, origin, alike)
 
     def readers(self, tensor: str) -> tuple[str, ...]:
         """The layers that read a tensor by its name and can be quantized."""
@@ -65,13 +79,20 @@ class Before:
         )
 
     def _tensor_rule(
-        self, match: str, children: Iterable[str], settings: Mapping[str, Any], origin: str
+        self,
+        match: str,
+        children: Iterable[str],
+        settings: Mapping[str, Any],
+        origin: str,
+        alike: Collection[str],
     ) -> list[Rule]:
         reading = [n for n in children if n not in self.index.left_out]
         if not reading:
             return []
         methods = {self.choices[name].saturation for name in reading}
-        new = {k: v for k, v in settings.items() if not (k == "saturation" and methods == {v})}
+        wanted = settings.get("saturation")
+        has_it = methods == {wanted} or (wanted in alike and methods <= set(alike))
+        new = {k: v for k, v in settings.items() if not (k == "saturation" and has_it)}
         return [Rule(match=match, settings=new, origin=origin)] if new else []
 
 

@@ -2,8 +2,8 @@
 
 Inside ``layer { ... }``: ``th_strategy`` (USE_DEFAULT, USE_KL or USE_MAX), ``th_scale``,
 ``threshold`` and ``forward_with_float``. The first three are about the threshold of the layer's
-output. USE_KL is the KL-like method; here always ``kl``. Layers without any of these fields are
-the network's description, and need not be in the model.
+output. USE_KL is any KL-like method: one that the layers after it have stays, else it is ``kl``.
+Layers without any of these fields are the network's description, and need not be in the model.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from qdist.plan.selector import close
 STRATEGIES: dict[str, str | None] = {"USE_DEFAULT": None, "USE_KL": "kl", "USE_MAX": "max"}
 """``th_strategy`` as a threshold method; None: what the layer has anyway."""
 _FIELDS = ("th_strategy", "th_scale", "threshold", "forward_with_float")
+_KL_LIKE = ("kl", "symkl", "jsd", "kl_v2")
 _BOOLS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 
@@ -100,7 +101,7 @@ def read(text: str, file: str, before: Before) -> FileRules:
             settings["th_scale"] = layer.th_scale
         if layer.threshold is not None:
             settings["threshold"] = (layer.threshold,)
-        found = before.output_rule(layer.name, settings, where)
+        found = before.output_rule(layer.name, settings, where, _KL_LIKE)
         if settings and not _is_read(layer.name, before):
             idle.append(layer.name)
         rules += found
@@ -126,6 +127,8 @@ def template(before: Before) -> str:
             raise cannot_write("Sophgo's prototxt", layer.name, got, "int8 or float32")
         method = before.method_after(before.index.adjacency.children[layer.name])
         strategy = next((s for s, known in STRATEGIES.items() if known == method), "USE_DEFAULT")
+        if method in _KL_LIKE:
+            strategy = "USE_KL"
         rows.append(
             SophgoLayer(
                 name=layer.name,
