@@ -8,7 +8,7 @@ from functools import cached_property
 from qdist.model.adjacency import Adjacency, find_adjacency
 from qdist.model.blocks import find_blocks
 from qdist.model.graph import Graph
-from qdist.model.layers import Layer, find_layers
+from qdist.model.layers import Layer, data_inputs, find_layers
 from qdist.plan.fusion import find_fusions
 from qdist.plan.scope import left_out
 
@@ -67,6 +67,21 @@ class LayerIndex:
             for entry in layer.activations:
                 found.setdefault(entry.tensor, {})[layer.name] = None
         return {name: tuple(layers) for name, layers in found.items()}
+
+    def moved_from(self, tensor: str) -> tuple[str, ...]:
+        """The tensors that this one holds values of, the nearest first, as long as nodes that are
+        no layers (Split, Slice, Reshape ...) do nothing but move them."""
+        found: list[str] = []
+        while self.graph is not None:
+            node = self.graph.maker.get(tensor)
+            if node is None or node.name in self.by_name:
+                break
+            names = [n for n in data_inputs(node) if self.graph.is_activation(n)]
+            if len(names) != 1 or not self.graph.is_float(names[0]):
+                break
+            tensor = names[0]
+            found.append(tensor)
+        return tuple(found)
 
     @cached_property
     def tensor_names(self) -> frozenset[str]:

@@ -124,9 +124,10 @@ class Planner:
         another, or stays float though the rule asks for more; or no layer that can be quantized
         reads any of its tensors."""
         read = {
-            self._row(entry.tensor)
+            self._row(name)
             for layer in self.choosable()
             for entry in (*layer.activations, *layer.weights)
+            for name in (entry.tensor, *self.index.moved_from(entry.tensor))
         }
         for rule in rules:
             if rule.is_of_tensors:
@@ -267,7 +268,7 @@ class Planner:
 
     def _provenance(self, tensor: str, *, is_weight: bool) -> Provenance:
         row = tensor if is_weight else self._row(tensor)
-        settings = self._settings.get(row)
+        settings = self._ruled(tensor)
         rule = "" if settings is None else settings.why
         if is_weight or row not in self._record:
             return Provenance(rule=rule)
@@ -278,12 +279,22 @@ class Planner:
             )
         return Provenance(rule=rule, statistics=self._digests[row])
 
+    def _ruled(self, tensor: str) -> TensorSettings | None:
+        """What rules say about a tensor, or else about what its values were moved from."""
+        if not self._settings:
+            return None
+        for name in (tensor, *self.index.moved_from(tensor)):
+            found = self._settings.get(self._row(name))
+            if found is not None:
+                return found
+        return None
+
     def _activation(self, tensor: str, choice: LayerChoice) -> Quantizer | str:
         bits = choice.bits.activation_bits
         if bits is None:
             return f"precision {choice.precision}"
         row = self._row(tensor)
-        rule = RangeRule.of(choice, self._settings.get(row), where=f"tensor {tensor}", bits=bits)
+        rule = RangeRule.of(choice, self._ruled(tensor), where=f"tensor {tensor}", bits=bits)
         bits = min(bits, rule.most_bits or bits)
         key = (row, bits, rule)
         if key not in self._activations:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import helper
 
 from qdist.errors import PlanError
 from qdist.plan.choice import LayerChoice
@@ -14,7 +15,15 @@ from qdist.plan.difference import compare_plans
 from qdist.plan.plan import LayerPlan, QuantizationPlan, QuantizedInput, load_plan
 from qdist.plan.planner import Planner, PlanSettings
 from qdist.plan.rules import Rule, apply_rules
-from tests.onnx_models import ANY_TARGET, frozen_from, planner_for, samples_of
+from tests.onnx_models import (
+    ANY_TARGET,
+    frozen_from,
+    integers,
+    model,
+    planner_for,
+    samples_of,
+    value,
+)
 from tests.vendor_models import block_model
 
 
@@ -87,6 +96,33 @@ def test_a_view_shares_the_range_of_its_source(planner: Planner) -> None:
     found = planned(planner, rule("output:cat", bounds=(-1.0, 1.0)))
     assert read_by(found, "norm").tensor == "flat"
     assert read_by(found, "norm").quantizer.bounds == (-1.0, 1.0)
+
+
+def test_parts_of_a_tensor_have_its_rules(tmp_path: Path) -> None:
+    node = helper.make_node
+    proto = model(
+        [
+            node("Relu", ["x"], ["r"], name="relu"),
+            node("Split", ["r", "sizes"], ["a", "b"], name="split", axis=1),
+            node("Transpose", ["b"], ["c"], name="turn", perm=[0, 1]),
+            node("Add", ["a", "c"], ["y"], name="sum"),
+        ],
+        [value("x", ["n", 4])],
+        [value("y", ["n", 2])],
+        {"sizes": integers([2, 2])},
+    )
+    frozen = frozen_from(proto, tmp_path / "m.onnx")
+    split = planner_for(frozen, samples_of("x", 4), tmp_path / "store")
+    assert split.index.moved_from("c") == ("b", "r")
+    found = planned(
+        split, rule("output:relu", bounds=(0.0, 7.0)), rule("tensor:c", threshold=(5.0,))
+    )
+    a, c = layer(found, "sum").activations
+    assert (a.quantizer.bounds, a.provenance.rule) == (
+        (0.0, 7.0),
+        "rule output:relu (f.csv line 2)",
+    )
+    assert c.quantizer.bounds == (0.0, 5.0)
 
 
 def test_a_tensor_is_carried_in_the_bits_that_a_rule_says(planner: Planner) -> None:
