@@ -348,7 +348,7 @@ class QuantizeSettings(CommandSettings):
     template: str | None = Field(
         None,
         description="write a file of rules to edit, and no model: icraft, icraft_sample, "
-        "icraft_manual, knight, slimai or sophgo (also --template FORM)",
+        "icraft_manual, knight, slimai, slimai_profile or sophgo (also --template FORM)",
     )
 
 

@@ -11,6 +11,9 @@ from onnx import helper
 
 from qdist.errors import PlanError
 from qdist.plan.choice import LayerChoice
+from qdist.plan.dialects import glow_profile
+from qdist.plan.dialects.forms import read_file
+from qdist.plan.dialects.reading import Before
 from qdist.plan.difference import compare_plans
 from qdist.plan.plan import LayerPlan, QuantizationPlan, QuantizedInput, load_plan
 from qdist.plan.planner import Planner, PlanSettings
@@ -194,6 +197,22 @@ def test_settings_of_tensors_go_where_the_planner_goes(planner: Planner) -> None
     assert again.plan(found.choices) == ruled.plan(found.choices)
     assert isinstance(ruled.settings, PlanSettings)
     assert planner.settings.tensors == {}
+
+
+def test_a_profile_of_a_plan_read_back_keeps_its_numbers(planner: Planner, tmp_path: Path) -> None:
+    choices = {x.name: LayerChoice(saturation="mse") for x in planner.layers}
+    plan = planner.plan(choices)
+    path = tmp_path / "p.yaml"
+    path.write_text(glow_profile.template(plan))
+    found = read_file(path, None, Before(index=planner.index, choices=choices))
+    assert found.notes == ()
+    again = planned(planner, *found.rules, choice=LayerChoice(saturation="mse"))
+    for old, new in zip(plan.layers, again.layers, strict=True):
+        for a, b in zip(old.activations, new.activations, strict=True):
+            assert a.quantizer.key == b.quantizer.key
+            assert b.quantizer.method == "fixed"
+            assert b.quantizer.expected_mse == a.quantizer.expected_mse
+            assert "p.yaml line" in b.provenance.rule
 
 
 # --- differences ------------------------------------------------------------------------------

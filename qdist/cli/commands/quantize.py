@@ -127,20 +127,24 @@ def _write_template(context: Context[QuantizeSettings], name: str, target: Targe
     settings = context.settings
     folder = context.make_folder()
     frozen = context.frozen_model()
-    if settings.quantization.mix is None:
+    if settings.quantization.mix is None and form.template is not None:
+        # Choices alone need no statistics.
         index = find_index(Graph(frozen, context.execution), settings.quantization.scope)
         assignment, _, notes = steps.apply_all_rules(index, settings.quantization)
-        before = Before(index=index, choices=assignment.choices)
+        text = form.template(Before(index=index, choices=assignment.choices))
     else:
         planner, _ = _planner(context, frozen)
         chosen = _chosen(context, planner, target)
-        before, notes = Before(index=planner.index, choices=chosen.choices), list(chosen.notes)
-    if form.template is None:
-        raise unknown_form(name, "template", tuple(TEMPLATES))
-    path = _keep_edits(folder / f"{settings.model.name}{form.suffix}", form.template(before))
+        notes = list(chosen.notes)
+        if form.template is not None:
+            text = form.template(Before(index=planner.index, choices=chosen.choices))
+        elif form.plan_template is not None:
+            text = form.plan_template(chosen.planner.plan(chosen.choices, chosen.why))
+        else:
+            raise unknown_form(name, "template", tuple(TEMPLATES))
+    path = _keep_edits(folder / f"{settings.model.name}{form.suffix}", text)
     facts = (
         ("form", name),
-        ("layers", str(len(before.index.choosable))),
         ("template", str(path)),
     )
     context.console.print(steps.facts_table(f"Template for {settings.model.name}", facts))

@@ -17,18 +17,20 @@ from qdist.plan.dialects import (
     sophgo,
 )
 from qdist.plan.dialects.reading import Before, FileRules, refuse
+from qdist.plan.plan import QuantizationPlan
 
 _LARGEST_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
-    """One form. ``template``: writes a file to edit, or None where the vendor's tool has to dump
-    it; ``suffix``: how the name of such a file ends."""
+    """One form. ``template``: writes a file to edit from choices; ``plan_template``: from a whole
+    plan, for forms that hold ranges. ``suffix``: how the name of such a file ends."""
 
     read: Callable[[str, str, Before], FileRules]
     recognises: Callable[[str, str], bool]
     template: Callable[[Before], str] | None = None
+    plan_template: Callable[[QuantizationPlan], str] | None = None
     suffix: str = ""
 
 
@@ -49,7 +51,12 @@ FORMS: dict[str, Form] = {
     "slimai": Form(
         read=slimai.read, recognises=slimai.recognises, template=slimai.template, suffix=".yaml"
     ),
-    "slimai_profile": Form(read=glow_profile.read, recognises=glow_profile.recognises),
+    "slimai_profile": Form(
+        read=glow_profile.read,
+        recognises=glow_profile.recognises,
+        plan_template=glow_profile.template,
+        suffix="_profile.yaml",
+    ),
     "sophgo": Form(
         read=sophgo.read,
         recognises=sophgo.recognises,
@@ -59,7 +66,7 @@ FORMS: dict[str, Form] = {
 }
 """By the name that configuration uses."""
 TEMPLATES: dict[str, Form] = {
-    **{name: form for name, form in FORMS.items() if form.template is not None},
+    **{name: form for name, form in FORMS.items() if form.template or form.plan_template},
     # Two more column layouts of one form; both are read as icraft.
     "icraft_sample": Form(
         read=icraft.read,

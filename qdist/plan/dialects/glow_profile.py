@@ -2,8 +2,8 @@
 
 Three YAML documents: version, hash of the graph, and a list of ``NodeOutputName``, ``Min`` and
 ``Max`` (perhaps ``Histogram``). The hash is the tool's own and cannot be computed elsewhere, so a
-profile is never written from nothing: `edited` changes Min and Max of a dumped one and leaves every
-other byte alone.
+profile for it is never written from nothing: `edited` changes Min and Max of a dumped one and
+leaves every other byte alone. `template` writes one that only qdist reads, by tensors.
 
 ``NodeOutputName`` is ``TYPE_NAME__SUFFIX:RESULT``. It is found in the model by its tensor, or by
 the layer that makes it, with and without type and suffix, and with other characters than letters
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from qdist.plan.dialects.reading import Before, FileRules, exactly, line_of, refuse
 from qdist.plan.dialects.slimai import plain_name
 from qdist.plan.layer_index import LayerIndex
+from qdist.plan.plan import QuantizationPlan
 from qdist.plan.rules import Rule
 from qdist.plan.selector import close
 
@@ -88,6 +89,38 @@ def edited(text: str, ranges: Mapping[str, tuple[float, float]], file: str = "pr
                 line = f"{number[1]}{_decimal(value)}{number[4]}{ending}"
         lines.append(line)
     return "".join(lines)
+
+
+def template(plan: QuantizationPlan) -> str:
+    """A profile with the range of every activation that a plan quantizes, to be edited and read.
+
+    Read back as it is, it fixes every range at what it was found to be, so that the numbers of the
+    plan stay. Where layers read a tensor with different ranges it has the widest, and the numbers
+    of the others change.
+    """
+    ranges: dict[str, tuple[float, float]] = {}
+    for layer in plan.layers:
+        for entry in layer.activations:
+            low, high = entry.quantizer.bounds
+            known = ranges.get(entry.tensor, (low, high))
+            ranges[entry.tensor] = min(low, known[0]), max(high, known[1])
+    lines = [
+        "# Ranges of a qdist plan. The vendor's tool refuses this file, for want of the hash",
+        "# of its graph: for that tool, write ranges into a profile that it has dumped.",
+        "---",
+        "GlowToolsVersion: ''",
+        "...",
+        "---",
+        "GraphPreLowerHash: 0x0",
+        "...",
+        "---",
+    ]
+    for name, (low, high) in ranges.items():
+        quoted = name.replace("'", "''")
+        lines.append(f"- NodeOutputName:  '{quoted}'")
+        lines.append(f"  Min:             {_decimal(low)}")
+        lines.append(f"  Max:             {_decimal(high)}")
+    return "\n".join([*lines, "...", ""])
 
 
 def graph_hash(text: str) -> str | None:
