@@ -106,7 +106,7 @@ class StoreConfig(Group):
 
 
 class RuleConfig(Group):
-    """Settings for some layers; later rules win."""
+    """Settings for some layers or tensors; later rules win."""
 
     match: str = Field(min_length=1)
     precision: str | None = None
@@ -116,6 +116,36 @@ class RuleConfig(Group):
     activation_range_bits: int | None = None
     saturation: str | None = None
     weight_saturation: str | None = None
+    th_scale: float | None = Field(None, gt=0)
+    threshold: float | None = Field(None, gt=0)
+    bounds: list[float] | None = None
+
+
+class MixConfig(Group):
+    """Mixed precision without a search."""
+
+    strategy: str | list[str] = Field(
+        description="initial, io_high, hawq, cosine, variance, lstm, some of them, or Icraft's "
+        "defaults: buyi, zhuge"
+    )
+    high: str = Field("auto", description="precision to raise layers to; auto: the next one up")
+    low_share: float | None = Field(
+        None, ge=0, le=1, description="share of the layers that are not raised"
+    )
+    threshold: float | None = Field(
+        None, description="raise below this cosine, or variance; null: the strategy's own"
+    )
+    high_saturation: str | None = Field(
+        None, description="threshold method of raised layers; null: theirs"
+    )
+    together: Literal["none", "groups", "knight"] = Field(
+        "none",
+        description="raise what must agree too: concats, residual sums and Q/K/V, or by Knight's "
+        "rules",
+    )
+    samples: int = Field(32, ge=1, description="samples of hawq and cosine, which run the model")
+    batch: int = Field(8, ge=1, description="samples per run")
+    probes: int = Field(4, ge=1, description="random directions per weight, for hawq")
 
 
 class QuantizationConfig(Group):
@@ -133,7 +163,8 @@ class QuantizationConfig(Group):
     )
     activation_granularity: str = Field(
         "tensor",
-        description="what shares an activation scale: tensor, channel, token (found at run time)",
+        description="what shares an activation scale: tensor, channel, group=N (of channels), "
+        "token (found at run time)",
     )
     weight_range_bits: int | None = Field(
         None, description="use so many of a weight's bits (Icraft's value_range)"
@@ -163,6 +194,29 @@ class QuantizationConfig(Group):
     )
     rules: list[RuleConfig] = Field(
         [], description="[{match: NAME|PATTERN|op:TYPE, precision: ...}, ...], the last match wins"
+    )
+    rules_file: str | list[str] | None = Field(
+        None, description="vendors' files, read as rules before quantization.rules"
+    )
+    rules_form: str | None = Field(
+        None,
+        description="their form: icraft, icraft_saturation, knight, slimai, slimai_profile or "
+        "sophgo; null: by content",
+    )
+    mix: MixConfig | None = Field(
+        None, description="raise some layers, {strategy: variance, low_share: 0.8}; null: none"
+    )
+    fpfwd_inputs: list[str] = Field(
+        [], description="layers that stay float with all before them (Sophgo)"
+    )
+    fpfwd_outputs: list[str] = Field(
+        [], description="layers that stay float with all after them (Sophgo)"
+    )
+    fpfwd_blocks: list[str] = Field(
+        [], description="layers that stay float with those up to the next that computes (Sophgo)"
+    )
+    layer_threshold: float | None = Field(
+        None, gt=0, description="largest magnitude around LayerNormalization (Knight's -lt)"
     )
 
 
@@ -331,12 +385,19 @@ class CalibrateSettings(CommandSettings):
 class QuantizeSettings(CommandSettings):
     """Choose ranges from the stored statistics; write the plan and the quantized model.
 
-    Never runs the float model: any method and precision comes from one calibration.
+    Never runs the float model (but for quantization.mix with hawq or cosine, which need data): any
+    method and precision comes from one calibration.
     """
 
+    data: DataConfig | None = None
     store: StoreConfig
     quantization: QuantizationConfig
     target: TargetConfig
+    template: str | None = Field(
+        None,
+        description="write a file of rules to edit, and no model: icraft, icraft_sample, "
+        "icraft_manual, knight, slimai, slimai_profile or sophgo (also --template FORM)",
+    )
 
 
 class EvaluateSettings(CommandSettings):
@@ -442,6 +503,7 @@ __all__ = [
     "ImageSamples",
     "ImagesConfig",
     "MetricConfig",
+    "MixConfig",
     "ModelConfig",
     "OutputConfig",
     "PreprocessConfig",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,10 +31,12 @@ class LayerChoice:
     """A layer's number types, what shares a scale, and how ranges are found.
 
     ``granularity``: of the weights; ``activation_granularity``: of the activations, as in
-    `qdist.plan.granularity`. ``saturation``: threshold method of the activations.
-    ``weight_saturation``: that of the weights, or ``auto`` (``mse`` for 4-bit weights, else
+    `qdist.plan.granularity`. ``saturation``: threshold method of the activations that the layer
+    reads. ``weight_saturation``: that of the weights, or ``auto`` (``mse`` for 4-bit weights, else
     ``max``). ``weight_range_bits`` and ``activation_range_bits``: how many of an integer's bits are
-    used (Icraft's ``value_range``); None: all.
+    used (Icraft's ``value_range``); None: all. ``th_scale``: factor on the ranges of its
+    activations, once found. ``threshold``: their largest magnitude, in place of what would be
+    found. What rules say about a tensor goes before either.
     """
 
     precision: str = "int8"
@@ -43,6 +46,8 @@ class LayerChoice:
     activation_granularity: str = "tensor"
     weight_range_bits: int | None = None
     activation_range_bits: int | None = None
+    th_scale: float = 1.0
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         bits = precision(self.precision)
@@ -69,6 +74,15 @@ class LayerChoice:
             most = kind.bits if isinstance(kind, IntegerType) else 16
             if value is not None and not 2 <= value <= most:
                 raise _refused(key, repr(value), f"2 to {most} bits with {self.precision}")
+        for key, number in (("th_scale", self.th_scale), ("threshold", self.threshold)):
+            if number is not None and not (0 < number < math.inf):
+                raise PlanError(
+                    "QD507",
+                    where=f"quantization.rules, {key}",
+                    got=repr(number),
+                    expected="a positive number",
+                    mend="correct it, or leave it out",
+                )
 
     @property
     def bits(self) -> Precision:

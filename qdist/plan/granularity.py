@@ -10,7 +10,7 @@ _SIZED = re.compile(r"(group|block)=([1-9][0-9]*)")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Granularity:
-    """``kind``: ``tensor``, ``channel`` (output channels of a weight), ``group`` (``size`` groups
+    """``kind``: ``tensor``, ``channel`` (of a weight: output channels), ``group`` (``size`` groups
     of neighbouring channels), ``block`` (``size`` values along the axis that is summed over, for
     every output channel) or ``token`` (every row of the last axis, found while the model runs)."""
 
@@ -19,9 +19,9 @@ class Granularity:
 
 
 WEIGHT_KINDS = ("tensor", "channel", "group", "block")
-ACTIVATION_KINDS = ("tensor", "channel", "token")
+ACTIVATION_KINDS = ("tensor", "channel", "group", "token")
 WEIGHT_FORMS = "tensor, channel, group=N or block=N"
-ACTIVATION_FORMS = "tensor, channel or token"
+ACTIVATION_FORMS = "tensor, channel, group=N or token"
 
 
 def parse_granularity(text: str) -> Granularity | None:

@@ -15,7 +15,26 @@ from qdist.model.layers import COMPUTE
 from qdist.plan.choice import LayerChoice
 from qdist.plan.quantizer import Quantizer
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, 2)
+"""Schemas that this version reads. Schema 1 has no provenance of single tensors."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Where a tensor's numbers come from, beside the method that its quantizer names.
+
+    ``rule``: the rules about this very tensor, or empty where its layer's choice decides.
+    ``statistics``: hex SHA-256 of the histogram that the range was found on; None for weights,
+    whose values the model's digest covers, and for what was not measured.
+    """
+
+    rule: str = ""
+    statistics: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {"rule": self.rule, "statistics": self.statistics}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,10 +44,16 @@ class QuantizedInput:
     index: int
     tensor: str
     quantizer: Quantizer
+    provenance: Provenance = Provenance()
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
-        return {"index": self.index, "tensor": self.tensor, "quantizer": self.quantizer.to_json()}
+        return {
+            "index": self.index,
+            "tensor": self.tensor,
+            "quantizer": self.quantizer.to_json(),
+            "provenance": self.provenance.to_json(),
+        }
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> QuantizedInput:
@@ -37,6 +62,7 @@ class QuantizedInput:
             index=value["index"],
             tensor=value["tensor"],
             quantizer=Quantizer.from_json(value["quantizer"]),
+            provenance=Provenance(**value.get("provenance", {})),
         )
 
 
@@ -156,8 +182,9 @@ class QuantizationPlan:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> QuantizationPlan:
         """From `to_json`. Raises `KeyError`, `TypeError` or `ValueError` on anything else."""
-        if value["qdist_plan"] != SCHEMA:
-            raise ValueError(f"schema {value['qdist_plan']}, this version reads {SCHEMA}")
+        if value["qdist_plan"] not in READABLE:
+            known = " and ".join(map(str, READABLE))
+            raise ValueError(f"schema {value['qdist_plan']}, this version reads {known}")
         return cls(
             model_digest=str(value["model_digest"]),
             statistics_digest=str(value["statistics_digest"]),

@@ -14,23 +14,27 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto
 
+from qdist.digest import digest_arrays
 from qdist.errors import ModelError, PlanError, StoreError
 from qdist.model.channels import channel_axes
 from qdist.model.graph import FLOAT_TYPES, Graph, attribute
-from qdist.model.layers import VIEWS, Layer, LayerInput, find_layers
+from qdist.model.layers import VIEWS, Layer, LayerInput
 from qdist.model.precision import HALF
 from qdist.model.taps import TapTable
 from qdist.numbers.dtype import DTYPES, DType, FloatType, IntegerType
 from qdist.plan import ranges
 from qdist.plan.choice import LayerChoice
 from qdist.plan.consumers import consumers_of
-from qdist.plan.fusion import find_fusions
-from qdist.plan.granularity import MATRIX_PRODUCTS, summed_axis
-from qdist.plan.plan import LayerPlan, QuantizationPlan, QuantizedInput
+from qdist.plan.granularity import MATRIX_PRODUCTS, parse_granularity, summed_axis
+from qdist.plan.layer_index import find_index
+from qdist.plan.plan import LayerPlan, Provenance, QuantizationPlan, QuantizedInput
 from qdist.plan.precision import activation_levels, precision, weight_levels
 from qdist.plan.quantizer import Quantizer, rounding_to
+from qdist.plan.range_rule import FIXED, RangeRule, activation_quantizer, fixed_weight
 from qdist.plan.rules import Rule
-from qdist.plan.scope import NO_INTEGER_FORM, left_out
+from qdist.plan.scope import NO_INTEGER_FORM
+from qdist.plan.selector import select_layers, select_tensors
+from qdist.plan.tensor_settings import TensorSettings
 from qdist.plan.weight_range import (
     block_quantizer,
     float_quantizer,
@@ -41,7 +45,7 @@ from qdist.stats import grid
 from qdist.stats.histogram import Density, Histogram
 from qdist.stats.record import CalibrationRecord
 from qdist.threshold.blocks import mean_threshold
-from qdist.threshold.clip import Threshold, scale_and_zero
+from qdist.threshold.clip import Levels, Threshold
 from qdist.threshold.consumer import Consumer
 from qdist.threshold.registry import applicable, find_threshold, resolve
 from qdist.threshold.sentinel import LEAST_GAP, LEAST_MAGNITUDE, keep_masked, split_sentinels
@@ -52,7 +56,8 @@ MASKED = ("float", "quantize")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSettings:
     """What holds for the whole model: the scope (`scope.SCOPES`), whether activations are
-    symmetric, and parameters of the threshold method.
+    symmetric, parameters of the threshold method, what rules say about single tensors, and for
+    layers that a rule is about, which (unless a plan is told otherwise).
 
     ``masked``: what becomes of scores of which some are masked: they stay ``float``, or what only a
     Softmax reads is quantized (``quantize``), with a range that leaves masked ones no weight."""
@@ -60,6 +65,8 @@ class PlanSettings:
     scope: str = "all"
     symmetric: bool = False
     saturation_parameters: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, TensorSettings] = field(default_factory=dict)
+    why: Mapping[str, str] = field(default_factory=dict)
     masked: str = "float"
 
     def __post_init__(self) -> None:
@@ -80,25 +87,41 @@ class Planner:
     ) -> None:
         """``blocks``: records of equal blocks of the samples; ranges are then means over them."""
         self.graph = graph
-        self.layers: tuple[Layer, ...] = find_layers(graph)
-        self.fused = find_fusions(graph, self.layers)
+        self.settings = settings or PlanSettings()
+        self.index = find_index(graph, self.settings.scope)
+        self.layers: tuple[Layer, ...] = self.index.layers
+        self.fused = self.index.fused
         self._record = record
         self._blocks = tuple(blocks)
         self.taps = taps
-        self.settings = settings or PlanSettings()
-        self._left_out = left_out(self.layers, self.settings.scope)
+        self._left_out = self.index.left_out
+        self._settings = _by_row(self.settings.tensors, taps)
         self._last = self._last_results()
         self._activations: dict[tuple[Any, ...], Quantizer | str] = {}
         self._weights: dict[tuple[Any, ...], Quantizer | str] = {}
         self._consumers: dict[str, tuple[Consumer, ...]] = {}
+        self._digests: dict[str, str] = {}
+
+    def with_rules(
+        self, tensors: Mapping[str, TensorSettings], why: Mapping[str, str] | None = None
+    ) -> Planner:
+        """The planner of the same model and record with other settings of single tensors, and
+        other rules that layers' choices come from."""
+        settings = replace(self.settings, tensors=dict(tensors), why=dict(why or {}))
+        other = Planner(self.graph, self._record, self.taps, settings, self._blocks)
+        if settings.tensors == self.settings.tensors:
+            # Ranges depend on nothing else that differs.
+            other._activations, other._weights = self._activations, self._weights
+        return other
+
+    @property
+    def record(self) -> CalibrationRecord:
+        """The statistics that ranges come from."""
+        return self._record
 
     def choosable(self) -> tuple[Layer, ...]:
         """The layers whose choice changes anything: in scope and not fused into another."""
-        return tuple(
-            layer
-            for layer in self.layers
-            if layer.name not in self._left_out and layer.name not in self.fused
-        )
+        return self.index.choosable
 
     def plan(
         self,
@@ -111,8 +134,9 @@ class Planner:
         Raises QD406 when a row was not measured, QD209 when no layer can be quantized though the
         choices ask for it.
         """
+        known = {**self.settings.why, **(why or {})}
         layers = tuple(
-            self._layer(layer, choices[layer.name], (why or {}).get(layer.name, "default"))
+            self._layer(layer, choices[layer.name], known.get(layer.name, "default"))
             for layer in self.layers
         )
         if not any(layer.is_quantized for layer in layers):
@@ -131,26 +155,52 @@ class Planner:
 
     def check_rules(self, rules: Iterable[Rule]) -> None:
         """Raise QD503 for a rule without effect: every layer that it matches is computed with
-        another, or stays float though the rule asks for more."""
+        another, or stays float though the rule asks for more; or no layer that can be quantized
+        reads any of its tensors."""
+        read = {
+            self._row(name)
+            for layer in self.choosable()
+            for entry in (*layer.activations, *layer.weights)
+            for name in (entry.tensor, *self.index.moved_from(entry.tensor))
+        }
         for rule in rules:
+            if rule.is_of_tensors:
+                self._check_tensor_rule(rule, read)
+                continue
+            matched = select_layers(rule.match, self.index)
             idle = {
                 layer.name: reason
-                for layer in self.layers
-                if rule.matches(layer) and (reason := self._idle(layer.name, rule)) is not None
+                for layer in matched
+                if (reason := self._idle(layer.name, rule)) is not None
             }
-            if not idle or len(idle) < sum(rule.matches(layer) for layer in self.layers):
+            if not idle or len(idle) < len(matched):
                 continue
             name, reason = next(iter(idle.items()))
             host = self.fused.get(name)
             raise PlanError(
                 "QD503",
-                where=f"rule {rule.match!r}",
+                where=rule.place,
                 got=f"no effect on the {len(idle)} layers that match, such as {name}",
                 expected=f"{name} is {reason}; write the rule for {host}"
                 if host is not None
                 else f"a layer that is quantized; {name} stays float: {reason}",
                 mend="correct or remove the rule; qdist show lists the layers",
             )
+
+    def _check_tensor_rule(self, rule: Rule, read: set[str]) -> None:
+        names = select_tensors(rule.match, self.index)
+        if names and not any(self._row(name) in read for name in names):
+            raise PlanError(
+                "QD503",
+                where=rule.place,
+                got=f"no effect on the {len(names)} tensors that match, such as {names[0]}",
+                expected="a tensor that a quantized layer reads",
+                mend="write the rule for such a tensor, or remove it",
+            )
+
+    def _row(self, tensor: str) -> str:
+        """The tensor that was measured in place of this one; a weight is its own."""
+        return self.taps.row_of(tensor)
 
     def _idle(self, name: str, rule: Rule) -> str | None:
         """Why the rule means nothing to the layer, or None."""
@@ -160,6 +210,15 @@ class Planner:
             return None
         reason = self._left_out.get(name)
         return None if _rounds_anyway(reason, rule.settings.get("precision")) else reason
+
+    def densities(self, plan: QuantizationPlan) -> dict[str, Density]:
+        """The measured values of every activation that the plan quantizes, by its name."""
+        names = {entry.tensor for layer in plan.layers for entry in layer.activations}
+        return {
+            name: split_sentinels(self._record.histogram(self._row(name)).finite).body
+            for name in names
+            if self._row(name) in self._record
+        }
 
     def weight_elements(self, layer: Layer) -> int:
         """How many weight values a matmul- or conv-like layer has; 0 for any other."""
@@ -197,7 +256,12 @@ class Planner:
             if isinstance(found, str):
                 left[entry.tensor] = found
             else:
-                kept = QuantizedInput(index=entry.index, tensor=entry.tensor, quantizer=found)
+                kept = QuantizedInput(
+                    index=entry.index,
+                    tensor=entry.tensor,
+                    quantizer=found,
+                    provenance=self._provenance(entry.tensor, is_weight=is_weight),
+                )
                 (weights if is_weight else activations).append(kept)
         return LayerPlan(
             name=layer.name,
@@ -268,41 +332,63 @@ class Planner:
             else "widen quantization.scope, change the rules, or use the float model",
         )
 
+    def _provenance(self, tensor: str, *, is_weight: bool) -> Provenance:
+        row = tensor if is_weight else self._row(tensor)
+        settings = self._ruled(tensor)
+        rule = "" if settings is None else settings.why
+        if is_weight or row not in self._record:
+            return Provenance(rule=rule)
+        if row not in self._digests:
+            histogram = self._record.histogram(row)
+            self._digests[row] = digest_arrays(
+                [("bins", histogram.bins), ("counts", histogram.counts)]
+            )
+        return Provenance(rule=rule, statistics=self._digests[row])
+
+    def _ruled(self, tensor: str) -> TensorSettings | None:
+        """What rules say about a tensor, or else about what its values were moved from."""
+        if not self._settings:
+            return None
+        for name in (tensor, *self.index.moved_from(tensor)):
+            found = self._settings.get(self._row(name))
+            if found is not None:
+                return found
+        return None
+
     def _activation(self, tensor: str, choice: LayerChoice) -> Quantizer | str:
         kind = choice.bits.activation_type
         if kind is None:
             return f"precision {choice.precision}"
-        row = self.taps.row_of(tensor)
+        row = self._row(tensor)
+        rule = RangeRule.of(choice, self._ruled(tensor), where=f"tensor {tensor}", bits=kind.bits)
+        if isinstance(kind, IntegerType) and (rule.most_bits or kind.bits) < kind.bits:
+            kind = DTYPES[f"{'' if kind.signed else 'u'}int{rule.most_bits}"]
         # Channels and tokens lie along axes, which a view of the tensor may have elsewhere.
-        where = tensor if choice.activation_granularity != "tensor" else row
-        how = (choice.saturation, choice.activation_range_bits, choice.activation_granularity)
-        key = (where, kind.name, *how)
+        key = (tensor if rule.granularity != "tensor" else row, kind.name, rule)
         if key not in self._activations:
-            self._activations[key] = self._stored_activation(tensor, row, kind, choice)
+            self._activations[key] = self._stored_activation(tensor, row, kind, rule)
         return self._activations[key]
 
     def _stored_activation(
-        self, tensor: str, row: str, kind: DType, choice: LayerChoice
+        self, tensor: str, row: str, kind: DType, rule: RangeRule
     ) -> Quantizer | str:
         """The activation in the number type and granularity that were chosen."""
         element = self._element(row)
         if element not in _ELEMENTS:
             return "not a float32 tensor"
-        if choice.bits.rounds is not None and element in HALF:
-            return f"{FLOAT_TYPES[element]} already"
-        if choice.bits.rounds is not None:
+        if isinstance(kind, FloatType) and kind.bits > 8:
+            if element in HALF:
+                return f"{FLOAT_TYPES[element]} already"
             known = self._record.histogram(row).finite if row in self._record else None
-            return ranges.rounded(choice.bits.rounds, known)
+            return ranges.rounded(kind, known)
         if isinstance(kind, FloatType):
-            threshold = self._threshold(
-                row, 8, None, _NARROW_FLOAT.get(resolve(choice.saturation)[0], "max")
-            )
+            method = _NARROW_FLOAT.get(resolve(rule.method)[0], "max")
+            threshold = self._threshold(row, 8, replace(rule, method=method))
             return threshold if isinstance(threshold, str) else ranges.scaled_float(kind, threshold)
-        each = self._finer(tensor, row, kind, choice)
+        each = self._finer(tensor, row, kind, rule)
         if each is not None:
             return each if isinstance(each, str) else ranges.stored_as(each, kind)
-        range_bits = choice.activation_range_bits
-        whole = self._find_activation(row, kind.bits, choice.saturation, range_bits)
+        whole = self._find_activation(row, kind.bits, rule)
         return whole if isinstance(whole, str) else ranges.stored_as(whole, kind)
 
     def _element(self, tensor: str) -> int:
@@ -311,11 +397,11 @@ class Planner:
         return TensorProto.FLOAT if found is None else found.element
 
     def _finer(
-        self, tensor: str, row: str, kind: IntegerType, choice: LayerChoice
+        self, tensor: str, row: str, kind: IntegerType, rule: RangeRule
     ) -> Quantizer | str | None:
         """The activation with a scale per token or channel; None where it has one scale."""
-        grain, range_bits = choice.activation_granularity, choice.activation_range_bits
-        if grain == "tensor":
+        grain, range_bits = rule.granularity, rule.range_bits
+        if grain == "tensor" or rule.is_fixed:
             return None
         values = self._body(row)
         if isinstance(values, str):
@@ -327,28 +413,19 @@ class Planner:
         channels = self._record.channels(row) if tensor == row else None
         symmetric = self.settings.symmetric
         levels = activation_levels(kind.bits, symmetric=symmetric, range_bits=range_bits)
-        return ranges.per_channel(kind.bits, levels, channels, axis)
+        parsed = parse_granularity(grain)
+        n_groups = parsed.size if parsed is not None and parsed.kind == "group" else None
+        return ranges.per_channel(kind.bits, levels, channels, axis, n_groups)
 
-    def _find_activation(
-        self, row: str, bits: int, method: str, range_bits: int | None = None
-    ) -> Quantizer | str:
-        threshold = self._threshold(row, bits, range_bits, method)
+    def _find_activation(self, row: str, bits: int, rule: RangeRule) -> Quantizer | str:
+        threshold = self._threshold(row, bits, rule)
         if isinstance(threshold, str):
             return threshold
-        levels = activation_levels(bits, symmetric=self.settings.symmetric, range_bits=range_bits)
-        scale, zero = scale_and_zero(threshold.low, threshold.high, levels)
-        return Quantizer(
-            bits=bits,
-            low=levels.low,
-            high=levels.high,
-            scales=(scale,),
-            zero_points=(zero,),
-            axis=None,
-            method=threshold.method,
-            bounds=(threshold.low, threshold.high),
-            clipped_share=threshold.clipped_share,
-            expected_mse=threshold.expected_mse,
-        )
+        return activation_quantizer(threshold, self._levels(bits, rule), bits)
+
+    def _levels(self, bits: int, rule: RangeRule) -> Levels:
+        range_bits = None if (rule.range_bits or bits) >= bits else rule.range_bits
+        return activation_levels(bits, symmetric=self.settings.symmetric, range_bits=range_bits)
 
     def _body(self, row: str) -> Density | str:
         """The values of a tensor that are magnitudes, or why it stays float. Raises QD406."""
@@ -368,20 +445,23 @@ class Planner:
             return f"holds {n_masked} values that mean masked, not magnitudes"
         return "never held a value in calibration" if split.body.is_empty else split.body
 
-    def _threshold(
-        self, row: str, bits: int, range_bits: int | None, method: str
-    ) -> Threshold | str:
+    def _threshold(self, row: str, bits: int, rule: RangeRule) -> Threshold | str:
+        levels = self._levels(bits, rule)
+        if row not in self._record and rule.bounds is not None:
+            return rule.without_statistics(levels)
         body = self._body(row)
         if isinstance(body, str):
             return body
-        levels = activation_levels(bits, symmetric=self.settings.symmetric, range_bits=range_bits)
-        parameters = applicable(method, self.settings.saturation_parameters)
-        if self._blocks:
+        parameters = applicable(rule.method, self.settings.saturation_parameters)
+        if rule.is_fixed:
+            threshold = rule.fixed(body, levels)
+        elif self._blocks:
             histograms = [block.histogram(row) for block in self._blocks]
-            threshold = mean_threshold(histograms, levels, method, parameters).threshold
+            threshold = mean_threshold(histograms, levels, rule.method, parameters).threshold
         else:
-            readers = self._readers(row) if resolve(method)[0] == "auto" else ()
-            threshold = find_threshold(body, levels, method, parameters, readers)
+            readers = self._readers(row) if resolve(rule.method)[0] == "auto" else ()
+            threshold = find_threshold(body, levels, rule.method, parameters, readers)
+        threshold = rule.scaled(threshold, body, levels)
         histogram = self._record.histogram(row)
         n_masked = int(split_sentinels(histogram.finite).n_sentinels) + histogram.n_infinite
         return keep_masked(threshold, body, levels) if n_masked else threshold
@@ -440,7 +520,11 @@ class Planner:
         key = (entry.tensor, kind.name, axis, along, grain, choice.weight_range_bits, method)
         if key not in self._weights:
             self._weights[key] = self._find_weight(entry.tensor, kind, axis, along, choice)
-        return self._weights[key]
+        found = self._weights[key]
+        settings = self._settings.get(entry.tensor)
+        if settings is None or isinstance(found, str) or found.is_float or found.blocks is not None:
+            return found
+        return fixed_weight(found, settings, where=f"weight {entry.tensor}")
 
     def _find_weight(
         self, tensor: str, kind: DType, axis: int | None, along: int | None, choice: LayerChoice
@@ -500,6 +584,15 @@ def _is_wide(choice: LayerChoice) -> bool:
     return kind is not None and kind.is_wide
 
 
+def _by_row(tensors: Mapping[str, TensorSettings], taps: TapTable) -> dict[str, TensorSettings]:
+    """Settings by the tensor that was measured: a view shares the range of its source."""
+    found: dict[str, TensorSettings] = {}
+    for name, settings in tensors.items():
+        row = taps.row_of(name)
+        found[row] = settings.over(found.get(row, TensorSettings()))
+    return found
+
+
 def _method_notes(layers: Iterable[LayerPlan]) -> list[str]:
     """Where another threshold method was used than the one chosen."""
     pairs = {
@@ -526,12 +619,12 @@ def _method_notes(layers: Iterable[LayerPlan]) -> list[str]:
         *(
             f"{asked} needs more bins than levels: {used} is used for {bits}-bit layers"
             for asked, used, bits in sorted(pairs)
-            if asked not in (used, "auto") and used not in ("fixed", "dynamic")
+            if asked not in (used, "auto") and used not in (FIXED, "dynamic")
         ),
         *(
             f"{asked} is for evenly spaced levels: {used} is used for {name} layers"
             for asked, used, name in sorted(floats)
-            if asked != used and used != "fixed"
+            if asked != used and used != FIXED
         ),
     ]
 

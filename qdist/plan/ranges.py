@@ -66,11 +66,18 @@ def per_token(
 
 
 def per_channel(
-    bits: int, levels: Levels, channels: Channels | None, axis: int | None
+    bits: int,
+    levels: Levels,
+    channels: Channels | None,
+    axis: int | None,
+    n_groups: int | None = None,
 ) -> Quantizer | None:
-    """A scale for every channel, from its exact extrema; None where these are not known."""
+    """A scale for every channel, or the same for the channels of each of so many groups of
+    neighbours, from exact extrema; None where these are not known."""
     if channels is None or axis is None:
         return None
+    if n_groups is not None:
+        channels = _grouped(channels, n_groups)
     pairs = [
         scale_and_zero(min(float(low), 0.0), max(float(high), 0.0), levels)
         # A channel that never held a finite value has infinite extrema the wrong way round.
@@ -90,6 +97,15 @@ def per_channel(
         ),
         clipped_share=0.0,
     )
+
+
+def _grouped(channels: Channels, n_groups: int) -> Channels:
+    """Every channel with the extrema of its group."""
+    n = channels.minimum.size
+    parts = np.array_split(np.arange(n), min(n_groups, n))
+    lowest = [np.full(p.size, channels.minimum[p].min(), np.float32) for p in parts]
+    highest = [np.full(p.size, channels.maximum[p].max(), np.float32) for p in parts]
+    return Channels(minimum=np.concatenate(lowest), maximum=np.concatenate(highest))
 
 
 def stored_as(quantizer: Quantizer, kind: IntegerType) -> Quantizer:

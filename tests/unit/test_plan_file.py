@@ -12,7 +12,7 @@ import pytest
 
 from qdist.errors import ArtifactError, PlanError
 from qdist.plan.choice import LayerChoice
-from qdist.plan.plan import LayerPlan, QuantizationPlan, QuantizedInput, load_plan
+from qdist.plan.plan import SCHEMA, LayerPlan, QuantizationPlan, QuantizedInput, load_plan
 from qdist.plan.precision import PRECISIONS, activation_levels, precision, weight_levels
 from qdist.plan.quantizer import Quantizer
 
@@ -76,7 +76,7 @@ def test_a_plan_survives_its_file_digest_and_all(tmp_path: Path) -> None:
     for found in (load_plan(path), load_plan(path, PLAN.model_digest)):
         assert found == PLAN
         assert found.digest == PLAN.digest
-    assert json.loads(path.read_text())["qdist_plan"] == 1
+    assert json.loads(path.read_text())["qdist_plan"] == SCHEMA
 
 
 @pytest.mark.parametrize(
@@ -105,9 +105,9 @@ def test_a_plan_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_a_plan_of_another_schema_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    path.write_text(json.dumps({**PLAN.to_json(), "qdist_plan": 2}))
+    path.write_text(json.dumps({**PLAN.to_json(), "qdist_plan": 3}))
     assert code_of(path) == "QD504"
-    with pytest.raises(PlanError, match="schema 2, this version reads 1"):
+    with pytest.raises(PlanError, match="schema 3, this version reads 1 and 2"):
         load_plan(path)
 
 

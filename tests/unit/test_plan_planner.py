@@ -103,7 +103,7 @@ def test_an_activation_gets_the_threshold_of_its_histogram(
     levels = activation_levels(bits, symmetric=False)
     readers = planner._readers("r")
     assert [reader.name for reader in readers] == ["second"]
-    threshold = find_threshold(planner._record.histogram("r").finite, levels, method, {}, readers)
+    threshold = find_threshold(planner.record.histogram("r").finite, levels, method, {}, readers)
     scale, zero = scale_and_zero(threshold.low, threshold.high, levels)
     assert (found.scales, found.zero_points) == ((scale,), (zero,))
     assert found.bounds == (threshold.low, threshold.high)
@@ -244,7 +244,7 @@ def test_the_compute_scope_leaves_pointwise_layers_float(tmp_path: Path) -> None
     assert [entry.name for entry in plan.layers if entry.is_quantized] == ["first", "second"]
     assert {entry.name for entry in planner.choosable()} == {"first", "second"}
     with pytest.raises(ValueError, match="scope"):
-        Planner(planner.graph, planner._record, planner.taps, PlanSettings(scope="some"))
+        Planner(planner.graph, planner.record, planner.taps, PlanSettings(scope="some"))
 
 
 def test_a_tensor_that_was_not_measured_is_an_error(tmp_path: Path) -> None:
@@ -264,9 +264,9 @@ def test_one_plan_after_another_is_the_same(planner: Planner) -> None:
     first = plan_with(planner)
     plan_with(planner, precision="w4a16", saturation="max", granularity="tensor")
     assert plan_with(planner) == first
-    fresh = Planner(planner.graph, planner._record, planner.taps)
+    fresh = Planner(planner.graph, planner.record, planner.taps)
     assert plan_with(fresh).digest == first.digest
-    assert first.statistics_digest == planner._record.digest
+    assert first.statistics_digest == planner.record.digest
     assert first.model_digest == planner.graph.model.digest
 
 

@@ -494,6 +494,11 @@ def test_channels_have_the_range_that_was_seen(
     quantizer = found["first"].activations[0].quantizer
     top = np.abs([s["x"] for s in source.samples]).max(axis=0)
     np.testing.assert_allclose(np.array(quantizer.scales) * 127, top, rtol=1e-6)
+    groups = layers_of(plan_of(planner, activation_granularity="group=4"))["first"]
+    parts = np.split(np.array(quantizer.scales), 4)
+    np.testing.assert_allclose(
+        groups.activations[0].quantizer.scales, np.repeat([p.max() for p in parts], 6)
+    )
     # A view's channels lie elsewhere.
     assert found["second"].activations[0].quantizer.axis is None
     plan = plan_of(planner, activation_granularity="channel").plan
@@ -509,7 +514,7 @@ def test_channels_have_the_range_that_was_seen(
         {"precision": "w4a8", "weight_range_bits": 5},
         {"granularity": "block=0"},
         {"granularity": "token"},
-        {"activation_granularity": "group=2"},
+        {"activation_granularity": "block=2"},
         {"precision": "fp8_e4m3", "activation_granularity": "token"},
         {"precision": "uint8", "activation_granularity": "token"},
     ],

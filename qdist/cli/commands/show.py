@@ -36,7 +36,7 @@ def run(words: list[str], console: Console) -> None:
         return
     paths = [Path(word).expanduser().absolute() for word in given]
     if len(paths) == 2:
-        console.print(plan_difference_table(load_plan(paths[0]), load_plan(paths[1])))
+        console.print(plan_difference_table(load_plan(paths[0]), load_plan(paths[1]), rows))
         return
     path = paths[0]
     if path.is_dir():
