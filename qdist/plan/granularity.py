@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_SIZED = re.compile(r"(group|block)=([1-9][0-9]*)")
+_SIZED = re.compile(r"(group|block)[=:]([1-9][0-9]*)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +25,8 @@ ACTIVATION_FORMS = "tensor, channel, group=N or token"
 
 
 def parse_granularity(text: str) -> Granularity | None:
-    """From its text; None for anything else."""
+    """From its text, ``block=32`` or ``block:32``, which a command line takes unquoted; None for
+    anything else."""
     if text in ("tensor", "channel", "token"):
         return Granularity(kind=text)
     found = _SIZED.fullmatch(text)

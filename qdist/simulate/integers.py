@@ -51,7 +51,8 @@ CUT_READING = "Icraft's cuts; rounding of the first cut and products of activati
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "Mul")
 _SUMS = ("Add", "Sub")
 _NORM = "BatchNormalization"
-_ACCUMULATOR_BITS = 32
+_BIAS_BITS = {8: 32, 16: 48}
+"""Bits of a bias by those of the activations: products of 16-bit numbers need wide accumulators."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,7 +246,8 @@ class _Builder:
             self._cut(node, layer, wires, (total, target), scales, output)
             return
         self._schemes[layer.name] = "product"
-        for bias in self._biases_in(node, scales, _ACCUMULATOR_BITS):
+        bias_bits = _BIAS_BITS.get(layer.activations[0].quantizer.bits, 32)
+        for bias in self._biases_in(node, scales, bias_bits):
             total = wires.add("Add", total, wires.constant(bias))
         if output is None:
             single = wires.add("Mul", total, wires.constant(scales))

@@ -285,7 +285,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "w4 in blocks": {"precision": "w4", "granularity": "block=7"},
     "w8 in blocks": {"precision": "w8", "granularity": "block=8"},
     "w4a8 in blocks": {"precision": "w4a8", "granularity": "block=16"},
-    "groups": {"granularity": "group=3"},
+    "groups": {"granularity": "group:3"},
     "tokens": {"activation_granularity": "token"},
     "w4a8 tokens": {"precision": "w4a8", "activation_granularity": "token"},
     "channels": {"activation_granularity": "channel"},
