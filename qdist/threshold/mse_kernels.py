@@ -175,6 +175,14 @@ def _least(
 
 
 @compiled
+def _near(scan: NDArray[np.float64], fraction: float) -> NDArray[np.float64]:
+    """The part of an ascending ``scan`` from half the fraction to twice it."""
+    start = max(np.searchsorted(scan, 0.5 * fraction, side="right") - 1, 0)
+    stop = min(np.searchsorted(scan, 2.0 * fraction, side="left") + 1, scan.size)
+    return scan[start:stop]
+
+
+@compiled
 def least_error(
     lower: NDArray[np.float64],
     upper: NDArray[np.float64],
@@ -198,10 +206,13 @@ def least_error(
     # Both shrink together first: from the full range, moving one end alone gains little.
     t = _least(plus, minus, low, high, 1.0, TOGETHER, first, last, scan)
     best_low, best_high = low * t, high * t
-    for _ in range(rounds):
+    for turn in range(rounds):
         old_low, old_high = best_low, best_high
-        best_high = _least(plus, minus, best_low, best_high, high, UPPER, first, last, scan)
-        best_low = -_least(plus, minus, best_low, best_high, -low, LOWER, first, last, scan)
+        # The first turn looks everywhere, the others near what it found.
+        near = _near(scan, best_high / high) if turn else scan
+        best_high = _least(plus, minus, best_low, best_high, high, UPPER, first, last, near)
+        near = _near(scan, best_low / low) if turn else scan
+        best_low = -_least(plus, minus, best_low, best_high, -low, LOWER, first, last, near)
         if abs(best_low - old_low) <= 1e-3 * -best_low and (
             abs(best_high - old_high) <= 1e-3 * best_high
         ):
