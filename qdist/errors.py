@@ -60,6 +60,8 @@ CODES: dict[str, str] = {
     "QD505": "the plan belongs to another model",
     "QD506": "unknown precision",
     "QD507": "the target does not support what the plan asks for",
+    "QD508": "a file of rules cannot be used",
+    "QD509": "neighbouring layers must agree",
     # 6xx: artifacts
     "QD601": "the artifact does not pass the ONNX checker",
     "QD602": "ONNX Runtime does not load the artifact",

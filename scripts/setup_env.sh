@@ -176,8 +176,9 @@ main() {
         : >"$venv/$marker_name"
         rm -f -- "$venv/$stamp_name"
         install_lock "$kind"
-        say "compiling the counting loops"
-        (cd / && "$venv/bin/python" -m qdist.stats.warm) || fail "the checkout's code does not run"
+        say "compiling the loops"
+        (cd / && "$venv/bin/python" -m qdist.stats.warm && "$venv/bin/python" -m qdist.threshold.warm) ||
+            fail "the checkout's code does not run"
         expected_stamp "$kind" >"$venv/$stamp_name"
         rm -f -- "$venv/$marker_name"
         say "ready"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 
 from qdist.calibration.job import CalibrationJob
@@ -11,7 +12,9 @@ from qdist.calibration.run import complete
 from qdist.calibration.work import Work, blocks, open_work
 from qdist.errors import StoreError
 from qdist.stats.record import CalibrationRecord
-from qdist.store.protocol import CalibrationStore
+from qdist.store.coverage import cover
+from qdist.store.gathering import gather
+from qdist.store.protocol import CalibrationStore, FinishedMerge
 from qdist.store.receipt import ShardReceipt
 
 
@@ -54,6 +57,50 @@ def block_records(store: CalibrationStore, merge: str) -> tuple[CalibrationRecor
             "quantization.average_blocks",
         )
     return tuple(merge.record for merge in records if merge is not None)
+
+
+def sample_blocks(
+    store: CalibrationStore, merge: FinishedMerge, n_blocks: int = 16
+) -> tuple[tuple[CalibrationRecord, ...], str]:
+    """Records of disjoint sets of the samples that together are all of ``merge``, in the order of
+    its micro-batches, and in words what they are.
+
+    The blocks of ``calibration.blocks`` where it was made with some. Else its shards, neighbours
+    merged to at most ``n_blocks``: how the samples were cut into shards then has a part in them,
+    and their sizes may differ. Raises QD402 where there is but one, QD403 for a damaged record.
+    """
+    if store.document(_document(merge.name)) is not None:
+        records = block_records(store, merge.name)
+        if len(records) > 1:
+            return records, f"{len(records)} blocks of calibration.blocks"
+    tensors = merge.record.tensors
+    covered = cover(merge.batches, tensors, store.receipts())
+    place = {batch: i for i, batch in enumerate(merge.batches)}
+    parts: dict[int, list[tuple[ShardReceipt, tuple[str, ...]]]] = defaultdict(list)
+    starts = sorted({place[receipt.batches[0]] for receipt, _ in covered.parts})
+    if covered.missing or len(starts) < 2:
+        raise _no_blocks("one shard" if starts and not covered.missing else "shards missing")
+    n = min(n_blocks, len(starts))
+    block_of = {start: i * n // len(starts) for i, start in enumerate(starts)}
+    for receipt, own in covered.parts:
+        parts[block_of[place[receipt.batches[0]]]].append((receipt, own))
+    try:
+        found = [gather(parts[i], tensors, store.read) for i in sorted(parts)]
+    except (KeyError, ValueError) as error:
+        # Tensors that were measured in another run have shards of their own.
+        raise _no_blocks("tensors with shards of different samples") from error
+    records = tuple(record for record in found if record is not None)
+    return records, f"{len(records)} blocks of neighbouring shards"
+
+
+def _no_blocks(got: str) -> StoreError:
+    return StoreError(
+        "QD402",
+        where="the calibration store",
+        got=got,
+        expected="at least two blocks of samples to compare",
+        mend="run qdist calibrate with calibration.blocks=N",
+    )
 
 
 def _document(merge: str) -> str:

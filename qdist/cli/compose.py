@@ -36,6 +36,27 @@ def register_resolvers() -> None:
         OmegaConf.register_new_resolver(name, function, replace=True)
 
 
+def spelled_out(command: str, words: Sequence[str]) -> list[str]:
+    """``quantize --template FORM`` as the key that it stands for. Raises QD105 without a form."""
+    left = list(words)
+    if command != "quantize":
+        return left
+    for i, word in enumerate(left):
+        if word.startswith("--template="):
+            left[i] = "template=" + word.partition("=")[2]
+        elif word == "--template":
+            if i + 1 == len(left):
+                raise ConfigError(
+                    "QD105",
+                    where="--template",
+                    got="no form",
+                    expected="icraft, knight, slimai or sophgo",
+                    mend="write --template knight",
+                )
+            left[i : i + 2] = [f"template={left[i + 1]}"]
+    return left
+
+
 def hydra_words(words: Sequence[str], schema: type[CommandSettings]) -> list[str]:
     """The user's words as Hydra takes them.
 

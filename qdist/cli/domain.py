@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,9 +23,12 @@ from qdist.evaluate.function import FunctionEvaluation
 from qdist.evaluate.scorer import Evaluation
 from qdist.model.session import Execution
 from qdist.plan.choice import LayerChoice
+from qdist.plan.dialects.knight import layer_threshold_rules
+from qdist.plan.dialects.sophgo import float_rules
 from qdist.plan.planner import PlanSettings
 from qdist.plan.precision import precision
 from qdist.plan.rules import Rule
+from qdist.plan.selector import is_of_tensors
 from qdist.plan.target import Target
 from qdist.search.greedy import GreedySettings
 from qdist.stats.spec import GroupRequest, StatisticsSpec
@@ -86,6 +90,21 @@ def evaluation_source(config: schema.DataConfig) -> DataSource:
     return source(calibration)
 
 
+def calibration_source(config: schema.DataConfig) -> DataSource:
+    """The calibration set where it is a data set of its own. Raises QD105 for captured and random
+    samples, which are made while calibrating."""
+    calibration = config.calibration
+    if isinstance(calibration, schema.CapturedSamples | schema.RandomSamples):
+        raise ConfigError(
+            "QD105",
+            where="data.calibration",
+            got=f"{calibration.kind} samples",
+            expected="samples that can be read again",
+            mend="give a data set of arrays, images, text or a function, or use qdist tune",
+        )
+    return source(calibration)
+
+
 def preprocess(config: schema.PreprocessConfig) -> Preprocess:
     """What turns stored values into model inputs."""
     return Preprocess(
@@ -139,22 +158,43 @@ def _groups(config: schema.GroupsConfig) -> GroupRequest:
 
 
 def default_choice(config: schema.QuantizationConfig) -> LayerChoice:
-    """What every layer gets unless a rule says otherwise. Raises QD501, QD502, QD506."""
+    """What every layer gets unless a rule says otherwise. Raises QD501, QD502, QD506, QD507."""
     check_method(config.saturation, config.saturation_parameters)
     return LayerChoice(
         precision=config.precision,
         granularity=config.granularity,
         saturation=config.saturation,
         weight_saturation=config.weight_saturation,
+        activation_granularity=config.activation_granularity,
+        weight_range_bits=config.weight_range_bits,
+        activation_range_bits=config.activation_range_bits,
     )
 
 
 def rules(config: schema.QuantizationConfig) -> tuple[Rule, ...]:
-    """The rules in order."""
-    return tuple(
-        Rule(match=rule.match, settings=rule.model_dump(exclude={"match"}, exclude_none=True))
-        for rule in config.rules
-    )
+    """The rules of the configuration in order: those that vendors have options for, then the
+    user's own. Raises QD507 for settings that do not go with what a rule takes."""
+    named = float_rules(config.fpfwd_inputs, config.fpfwd_outputs, config.fpfwd_blocks)
+    if config.layer_threshold is not None:
+        named += layer_threshold_rules(config.layer_threshold)
+    return (*named, *(_rule(entry) for entry in config.rules))
+
+
+def _rule(config: schema.RuleConfig) -> Rule:
+    settings = config.model_dump(exclude={"match"}, exclude_none=True)
+    if config.bounds is not None:
+        if len(config.bounds) != 2:
+            raise _wrong_length("bounds", config.bounds, "[LOW, HIGH]", "quantization.rules")
+        settings["bounds"] = tuple(config.bounds)
+    if config.threshold is not None and is_of_tensors(config.match):
+        settings["threshold"] = (config.threshold,)
+    return Rule(match=config.match, settings=settings)
+
+
+def rules_files(config: schema.QuantizationConfig) -> tuple[Path, ...]:
+    """Vendors' files that are read as rules, in order."""
+    given = config.rules_file or []
+    return tuple(absolute(path) for path in ([given] if isinstance(given, str) else given))
 
 
 def plan_settings(config: schema.QuantizationConfig) -> PlanSettings:
@@ -162,6 +202,7 @@ def plan_settings(config: schema.QuantizationConfig) -> PlanSettings:
     return PlanSettings(
         scope=config.scope,
         symmetric=config.symmetric,
+        masked=config.masked,
         saturation_parameters=config.saturation_parameters,
     )
 
@@ -175,7 +216,14 @@ def target(config: schema.TargetConfig) -> Target:
         precisions=tuple(config.precisions),
         symmetric_only=config.symmetric_only,
         per_channel=config.per_channel,
+        per_tensor_operators=tuple(config.per_tensor_operators),
+        blocks=config.blocks,
+        block_sizes=tuple(config.block_sizes),
+        tokens=config.tokens,
+        activation_channels=config.activation_channels,
         scale_grid=config.scale_grid,
+        rounding=config.rounding,
+        table_bits=config.table_bits,
     )
 
 
@@ -319,11 +367,13 @@ def pair(name: str, values: list[int], expected: str) -> tuple[int, int]:
     return values[0], values[1]
 
 
-def _wrong_length(name: str, values: list[int], expected: str) -> ConfigError:
+def _wrong_length(
+    name: str, values: Sequence[float], expected: str, group: str = "data"
+) -> ConfigError:
     return ConfigError(
         "QD104",
-        where=f"data: {name}",
-        got=str(values),
+        where=f"{group}: {name}",
+        got=str(list(values)),
         expected=expected,
         mend=f"give {name}={expected}",
     )

@@ -124,7 +124,8 @@ def _group_values(folder: Path, command: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for entry in own.pop("defaults", []):
         if isinstance(entry, Mapping):
-            values |= {str(g): _choice(folder / str(g), str(c)) for g, c in entry.items()}
+            given = {str(g): str(c) for g, c in entry.items() if c is not None}
+            values |= {g: _choice(folder / g, c) for g, c in given.items()}
     return values | own
 
 

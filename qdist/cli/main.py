@@ -93,6 +93,7 @@ def _run_hydra(command: str, words: list[str]) -> None:
         from_hydra,
         hydra_words,
         register_resolvers,
+        spelled_out,
         validated,
     )
     from qdist.cli.context import Context
@@ -101,7 +102,7 @@ def _run_hydra(command: str, words: list[str]) -> None:
 
     register_resolvers()
     schema = COMMANDS[command]
-    given = hydra_words(words, schema)
+    given = hydra_words(spelled_out(command, words), schema)
     module = importlib.import_module(f"qdist.cli.commands.{command}")
 
     # Hydra prints a traceback's worth of text for an exception, so errors go around it.

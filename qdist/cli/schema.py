@@ -27,6 +27,7 @@ from qdist.cli.data_schema import (
     TextConfig,
     TextSamples,
 )
+from qdist.threshold.registry import METHODS
 
 
 class ModelConfig(Group):
@@ -56,7 +57,7 @@ class EarlyStopConfig(Group):
     )
     patience: int = Field(2, ge=1, description="checks in a row without change")
     exempt: float = Field(0.0, ge=0, lt=1, description="share of the tensors that may still move")
-    method: str = Field("mse", description="threshold method: max, percentile, mse, kl")
+    method: str = Field("mse", description="threshold method, as quantization.saturation")
 
 
 class CalibrationConfig(Group):
@@ -105,30 +106,86 @@ class StoreConfig(Group):
 
 
 class RuleConfig(Group):
-    """Settings for some layers; later rules win."""
+    """Settings for some layers or tensors; later rules win."""
 
     match: str = Field(min_length=1)
     precision: str | None = None
-    granularity: Literal["tensor", "channel"] | None = None
+    granularity: str | None = None
+    activation_granularity: str | None = None
+    weight_range_bits: int | None = None
+    activation_range_bits: int | None = None
     saturation: str | None = None
-    weight_saturation: Literal["auto", "max", "mse"] | None = None
+    weight_saturation: str | None = None
+    th_scale: float | None = Field(None, gt=0)
+    threshold: float | None = Field(None, gt=0)
+    bounds: list[float] | None = None
+
+
+class MixConfig(Group):
+    """Mixed precision without a search."""
+
+    strategy: str | list[str] = Field(
+        description="initial, io_high, hawq, cosine, variance, lstm, some of them, or Icraft's "
+        "defaults: buyi, zhuge"
+    )
+    high: str = Field("auto", description="precision to raise layers to; auto: the next one up")
+    low_share: float | None = Field(
+        None, ge=0, le=1, description="share of the layers that are not raised"
+    )
+    threshold: float | None = Field(
+        None, description="raise below this cosine, or variance; null: the strategy's own"
+    )
+    high_saturation: str | None = Field(
+        None, description="threshold method of raised layers; null: theirs"
+    )
+    together: Literal["none", "groups", "knight"] = Field(
+        "none",
+        description="raise what must agree too: concats, residual sums and Q/K/V, or by Knight's "
+        "rules",
+    )
+    samples: int = Field(32, ge=1, description="samples of hawq and cosine, which run the model")
+    batch: int = Field(8, ge=1, description="samples per run")
+    probes: int = Field(4, ge=1, description="random directions per weight, for hawq")
 
 
 class QuantizationConfig(Group):
     """What every layer gets unless a rule says otherwise."""
 
-    precision: str = Field("int8", description="int8, w4a8, w8a16, w4a16, int16 or float32")
-    granularity: Literal["tensor", "channel"] = Field(
-        "channel", description="one weight scale per tensor or per output channel"
+    precision: str = Field(
+        "int8",
+        description="int8, uint8, int16, uint16, w4a8, w4a16, w8a16 (weights, activations), "
+        "w4, w8 (weights alone), bf16, fp16, tf32, fp8_e4m3, fp8_e5m2 or float32",
     )
-    saturation: str = Field("mse", description="range of activations: max, percentile, mse, kl")
+    granularity: str = Field(
+        "channel",
+        description="what shares a weight scale: tensor, channel, group=N (groups of channels), "
+        "block=N (values of a matrix column)",
+    )
+    activation_granularity: str = Field(
+        "tensor",
+        description="what shares an activation scale: tensor, channel, group=N (of channels), "
+        "token (found at run time)",
+    )
+    weight_range_bits: int | None = Field(
+        None, description="use so many of a weight's bits (Icraft's value_range)"
+    )
+    activation_range_bits: int | None = Field(
+        None, description="use so many of an activation's bits"
+    )
+    saturation: str = Field(
+        "mse", description=f"range of activations: {', '.join(METHODS)}, or a vendor's name"
+    )
     saturation_parameters: dict[str, Any] = Field(
-        {}, description="of the method, e.g. {percent: 99.99}"
+        {},
+        description="of the method, e.g. {percent: 99.99}; with any {th_scale: F, threshold: T}",
     )
-    weight_saturation: Literal["auto", "max", "mse"] = Field(
-        "auto", description="range of weights; auto is mse for 4 bits, else max"
+    weight_saturation: str = Field(
+        "auto", description="range of weights, any such method; auto is mse for 4 bits, else max"
     )
     symmetric: bool = Field(False, description="activations with zero point 0")
+    masked: Literal["float", "quantize"] = Field(
+        "float", description="scores with masked values stay float, or what a Softmax reads of them"
+    )
     average_blocks: bool = Field(
         False, description="ranges are means over calibration.blocks (Icraft's batch)"
     )
@@ -137,6 +194,29 @@ class QuantizationConfig(Group):
     )
     rules: list[RuleConfig] = Field(
         [], description="[{match: NAME|PATTERN|op:TYPE, precision: ...}, ...], the last match wins"
+    )
+    rules_file: str | list[str] | None = Field(
+        None, description="vendors' files, read as rules before quantization.rules"
+    )
+    rules_form: str | None = Field(
+        None,
+        description="their form: icraft, icraft_saturation, knight, slimai, slimai_profile or "
+        "sophgo; null: by content",
+    )
+    mix: MixConfig | None = Field(
+        None, description="raise some layers, {strategy: variance, low_share: 0.8}; null: none"
+    )
+    fpfwd_inputs: list[str] = Field(
+        [], description="layers that stay float with all before them (Sophgo)"
+    )
+    fpfwd_outputs: list[str] = Field(
+        [], description="layers that stay float with all after them (Sophgo)"
+    )
+    fpfwd_blocks: list[str] = Field(
+        [], description="layers that stay float with those up to the next that computes (Sophgo)"
+    )
+    layer_threshold: float | None = Field(
+        None, gt=0, description="largest magnitude around LayerNormalization (Knight's -lt)"
     )
 
 
@@ -147,7 +227,25 @@ class TargetConfig(Group):
     precisions: list[str] = Field(description="precisions it supports")
     symmetric_only: bool = Field(False, description="refuse zero points other than 0")
     per_channel: bool = Field(True, description="allow a weight scale per output channel")
-    scale_grid: Literal["float", "power_of_two"] = Field("float", description="allowed scales")
+    per_tensor_operators: list[str] = Field(
+        [], description="operators whose weights have one scale nevertheless"
+    )
+    blocks: bool = Field(True, description="allow a weight scale for every N values")
+    block_sizes: list[int] = Field([], description="these N; empty: any")
+    tokens: bool = Field(True, description="allow an activation scale per token")
+    activation_channels: bool = Field(True, description="allow an activation scale per channel")
+    scale_grid: Literal["float", "power_of_two", "m*2^-n"] = Field(
+        "float", description="allowed scales; m*2^-n: Icraft's cuts"
+    )
+    rounding: Literal["half_even", "half_away"] = Field(
+        "half_even", description="of weights that lie midway"
+    )
+    table_bits: int | None = Field(
+        None,
+        ge=8,
+        le=12,
+        description="functions of 16-bit tensors are tables of 2^N entries (target-exact mode)",
+    )
 
 
 class SearchConfig(Group):
@@ -219,6 +317,9 @@ class CompareConfig(Group):
         0, description="files for other tools: 1 float outputs, 2 quantized too, 3 every layer"
     )
     dump_samples: int = Field(4, ge=1, description="samples to dump")
+    target_exact: bool = Field(
+        False, description="compare the artifact with the chip's whole numbers too (modes.json)"
+    )
 
 
 class ClusterConfig(Group):
@@ -284,12 +385,19 @@ class CalibrateSettings(CommandSettings):
 class QuantizeSettings(CommandSettings):
     """Choose ranges from the stored statistics; write the plan and the quantized model.
 
-    Never runs the float model: any method and precision comes from one calibration.
+    Never runs the float model (but for quantization.mix with hawq or cosine, which need data): any
+    method and precision comes from one calibration.
     """
 
+    data: DataConfig | None = None
     store: StoreConfig
     quantization: QuantizationConfig
     target: TargetConfig
+    template: str | None = Field(
+        None,
+        description="write a file of rules to edit, and no model: icraft, icraft_sample, "
+        "icraft_manual, knight, slimai, slimai_profile or sophgo (also --template FORM)",
+    )
 
 
 class EvaluateSettings(CommandSettings):
@@ -336,6 +444,9 @@ class EmitSettings(CommandSettings):
     target: TargetConfig
     plan: str = Field(min_length=1, description="the plan to write")
     artifact: str = Field(min_length=1, description="where to write it")
+    mode: Literal["artifact-exact", "target-exact"] = Field(
+        "artifact-exact", description="the model that ships, or a simulation of the chip's integers"
+    )
 
 
 COMMANDS: dict[str, type[CommandSettings]] = {
@@ -392,6 +503,7 @@ __all__ = [
     "ImageSamples",
     "ImagesConfig",
     "MetricConfig",
+    "MixConfig",
     "ModelConfig",
     "OutputConfig",
     "PreprocessConfig",

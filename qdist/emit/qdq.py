@@ -20,11 +20,17 @@ from qdist.model.session import Execution, scoring_session
 from qdist.model.weights import external_range
 from qdist.plan.target import ProjectedPlan
 from qdist.simulate.assemble import assemble
+from qdist.simulate.integers import integer_graph
+
+MODES = ("artifact-exact", "target-exact")
+"""What an emitted model computes: the QDQ graph that ships, or the chip's whole numbers."""
+MODE_KEY = "qdist.mode"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
-    """A file that ships. ``opset``: of its default domain. ``plan_digest``: what it computes."""
+    """A file that ships, or with mode ``target-exact`` a simulation of the chip. ``opset``: of its
+    default domain. ``plan_digest``: what it computes."""
 
     path: Path
     data_path: Path | None
@@ -32,6 +38,7 @@ class Artifact:
     opset: int
     plan_digest: str
     target: str
+    mode: str = "artifact-exact"
 
 
 def emit_qdq(
@@ -41,14 +48,22 @@ def emit_qdq(
     *,
     execution: Execution | None = None,
     check: bool = True,
+    mode: str = "artifact-exact",
 ) -> Artifact:
-    """Write the quantized model to ``path`` and prove that it can be used.
+    """Write the quantized model to ``path`` and prove that it can be used. ``mode``: of `MODES`.
 
     ``check=False`` leaves out the ONNX checker and the loading (a search loads it anyway). Raises
     QD107 when ``path`` is the float model, QD206, QD601, QD602, QD603.
     """
     refuse_overwriting(frozen, path)
-    graph = assemble(frozen, projected)
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+    if mode == "target-exact":
+        graph = integer_graph(frozen, projected).graph
+        entry = graph.proto.metadata_props.add()
+        entry.key, entry.value = MODE_KEY, mode
+    else:
+        graph = assemble(frozen, projected)
     entry = graph.proto.metadata_props.add()
     entry.key, entry.value = "qdist.plan", projected.plan.digest
     opset = max(e.version for e in graph.proto.opset_import if e.domain in ("", "ai.onnx"))
@@ -68,6 +83,7 @@ def emit_qdq(
         opset=int(opset),
         plan_digest=projected.plan.digest,
         target=projected.target.name,
+        mode=mode,
     )
 
 

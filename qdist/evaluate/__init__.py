@@ -10,5 +10,6 @@
 ``reference`` the float model's outputs, on disk.
 ``overlap``   are evaluation samples calibration samples?
 ``compare``   layer by layer, fed by float inputs and by the quantized model's own.
+``modes``     layer by layer, the artifact and the chip's whole numbers.
 ``dump``      outputs as text files, for tools that read them; ``blob`` one tensor as such.
 """

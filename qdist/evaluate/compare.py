@@ -24,7 +24,7 @@ from qdist.evaluate.builtin import batches, session_inputs
 from qdist.model.freeze import FrozenModel
 from qdist.model.session import Execution, run, scoring_session
 from qdist.plan.target import ProjectedPlan
-from qdist.simulate.assemble import assemble
+from qdist.simulate.assemble import assemble, raised
 from qdist.simulate.twins import SUFFIX, twin_graph
 
 
@@ -207,7 +207,7 @@ def _in_place(
         quantized = assemble(frozen, projected)
         _set_outputs(quantized.proto, names)
         path = write_model(quantized, Path(folder) / "quantized.onnx").path
-        expected_proto = frozen.proto()
+        expected_proto = raised(frozen, 0)
         _set_outputs(expected_proto, names)
         expected = scoring_session(
             expected_proto.SerializeToString(), execution, frozen.data_folder

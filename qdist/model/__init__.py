@@ -9,6 +9,7 @@
 ``difference`` does a rewritten model still compute what it did?
 ``graph``     who makes a tensor, who reads it, of what type and shape it is.
 ``layers``    what a layer is: its activations, weights and outputs.
+``adjacency`` which layers feed which; ``blocks`` residual blocks; ``groups`` what must agree.
 ``session``   ONNX Runtime sessions with the settings the project's laws ask for.
 
 What is measured:

@@ -15,20 +15,45 @@ from qdist.model.layers import COMPUTE
 from qdist.plan.choice import LayerChoice
 from qdist.plan.quantizer import Quantizer
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, 2)
+"""Schemas that this version reads. Schema 1 has no provenance of single tensors."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Where a tensor's numbers come from, beside the method that its quantizer names.
+
+    ``rule``: the rules about this very tensor, or empty where its layer's choice decides.
+    ``statistics``: hex SHA-256 of the histogram that the range was found on; None for weights,
+    whose values the model's digest covers, and for what was not measured.
+    """
+
+    rule: str = ""
+    statistics: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {"rule": self.rule, "statistics": self.statistics}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedInput:
-    """One quantized input of a layer."""
+    """One quantized tensor at a layer: the ``index``-th of its inputs, or outputs."""
 
     index: int
     tensor: str
     quantizer: Quantizer
+    provenance: Provenance = Provenance()
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
-        return {"index": self.index, "tensor": self.tensor, "quantizer": self.quantizer.to_json()}
+        return {
+            "index": self.index,
+            "tensor": self.tensor,
+            "quantizer": self.quantizer.to_json(),
+            "provenance": self.provenance.to_json(),
+        }
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> QuantizedInput:
@@ -37,6 +62,7 @@ class QuantizedInput:
             index=value["index"],
             tensor=value["tensor"],
             quantizer=Quantizer.from_json(value["quantizer"]),
+            provenance=Provenance(**value.get("provenance", {})),
         )
 
 
@@ -45,7 +71,10 @@ class LayerPlan:
     """One layer: what was chosen, the numbers, and why an input stays float.
 
     ``why``: where the choice comes from. ``left_float``: input tensor -> reason. ``fused_with``:
-    the layer that it is computed together with, whose choice holds for both.
+    the layer that it is computed together with, whose choice holds for both. ``outputs``: how the
+    results are stored, where statistics tell: those of the last layer that is computed together
+    with this one. Floating-point types round there; integer targets requantize there.
+    ``is_depthwise``: a convolution of every channel by itself.
     """
 
     name: str
@@ -56,6 +85,8 @@ class LayerPlan:
     why: str
     left_float: dict[str, str] = field(default_factory=dict)
     fused_with: str | None = None
+    outputs: tuple[QuantizedInput, ...] = ()
+    is_depthwise: bool = False
 
     @property
     def is_quantized(self) -> bool:
@@ -73,6 +104,8 @@ class LayerPlan:
             "why": self.why,
             "left_float": self.left_float,
             "fused_with": self.fused_with,
+            "outputs": [entry.to_json() for entry in self.outputs],
+            "is_depthwise": self.is_depthwise,
         }
 
     @classmethod
@@ -87,6 +120,8 @@ class LayerPlan:
             why=value["why"],
             left_float=dict(value["left_float"]),
             fused_with=value["fused_with"],
+            outputs=tuple(QuantizedInput.from_json(v) for v in value.get("outputs", ())),
+            is_depthwise=bool(value.get("is_depthwise", False)),
         )
 
 
@@ -111,7 +146,7 @@ class QuantizationPlan:
     @property
     def opset(self) -> int:
         """The lowest opset that the plan needs."""
-        used = [layer.choice.bits.opset for layer in self.layers if layer.is_quantized]
+        used = [layer.choice.opset for layer in self.layers if layer.is_quantized]
         return max(used, default=13)
 
     def counts(self) -> Counter[str]:
@@ -147,8 +182,9 @@ class QuantizationPlan:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> QuantizationPlan:
         """From `to_json`. Raises `KeyError`, `TypeError` or `ValueError` on anything else."""
-        if value["qdist_plan"] != SCHEMA:
-            raise ValueError(f"schema {value['qdist_plan']}, this version reads {SCHEMA}")
+        if value["qdist_plan"] not in READABLE:
+            known = " and ".join(map(str, READABLE))
+            raise ValueError(f"schema {value['qdist_plan']}, this version reads {known}")
         return cls(
             model_digest=str(value["model_digest"]),
             statistics_digest=str(value["statistics_digest"]),

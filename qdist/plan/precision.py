@@ -5,42 +5,95 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qdist.errors import PlanError
+from qdist.numbers.dtype import DTYPES, INTEGERS, DType, FloatType, IntegerType
 from qdist.threshold.clip import Levels
-
-_RANGES = {4: (-8, 7), 8: (-128, 127), 16: (-32768, 32767)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Precision:
-    """Bits of a layer's activations and weights; None means float."""
+    """The number types of a layer's activations and weights; None means float32.
+
+    ``activation`` and ``weight`` are names of `qdist.numbers.dtype.DTYPES`. Weights are signed
+    where they are integers.
+    """
 
     name: str
-    activation_bits: int | None
-    weight_bits: int | None
+    activation: str | None
+    weight: str | None
+
+    @property
+    def activation_type(self) -> DType | None:
+        """The type of the activations."""
+        return None if self.activation is None else DTYPES[self.activation]
+
+    @property
+    def weight_type(self) -> DType | None:
+        """The type of the weights."""
+        return None if self.weight is None else DTYPES[self.weight]
+
+    @property
+    def activation_bits(self) -> int | None:
+        """Storage bits of the activations; None for float32."""
+        return None if self.activation is None else DTYPES[self.activation].bits
+
+    @property
+    def weight_bits(self) -> int | None:
+        """Storage bits of the weights; None for float32."""
+        return None if self.weight is None else DTYPES[self.weight].bits
 
     @property
     def is_float(self) -> bool:
-        """Whether nothing is quantized."""
-        return self.activation_bits is None and self.weight_bits is None
+        """Whether nothing is quantized or rounded."""
+        return self.activation is None and self.weight is None
+
+    @property
+    def is_weight_only(self) -> bool:
+        """Whether activations stay float32 and weights do not."""
+        return self.activation is None and self.weight is not None
+
+    @property
+    def rounds(self) -> FloatType | None:
+        """The floating-point type that every result is rounded to, without a scale: bf16, fp16,
+        tf32."""
+        kind = self.activation_type
+        return kind if isinstance(kind, FloatType) and kind.bits > 8 else None
 
     @property
     def opset(self) -> int:
-        """The lowest opset whose Q/DQ know these types."""
-        return 13 if {self.activation_bits, self.weight_bits} <= {8, None} else 21
+        """The lowest opset whose operators know these types."""
+        kinds = [kind for kind in (self.activation_type, self.weight_type) if kind is not None]
+        if any(isinstance(kind, IntegerType) and kind.bits != 8 for kind in kinds):
+            return 21
+        # FLOAT8 is younger than Q/DQ per channel.
+        return 19 if any(isinstance(kind, FloatType) and kind.bits == 8 for kind in kinds) else 13
+
+
+def _precision(name: str, activation: str | None, weight: str | None) -> Precision:
+    return Precision(name=name, activation=activation, weight=weight)
 
 
 PRECISIONS: dict[str, Precision] = {
     p.name: p
     for p in (
-        Precision(name="w4a8", activation_bits=8, weight_bits=4),
-        Precision(name="int8", activation_bits=8, weight_bits=8),
-        Precision(name="w4a16", activation_bits=16, weight_bits=4),
-        Precision(name="w8a16", activation_bits=16, weight_bits=8),
-        Precision(name="int16", activation_bits=16, weight_bits=16),
-        Precision(name="float32", activation_bits=None, weight_bits=None),
+        _precision("w4", None, "int4"),
+        _precision("w4a8", "int8", "int4"),
+        _precision("w8", None, "int8"),
+        _precision("int8", "int8", "int8"),
+        _precision("uint8", "uint8", "int8"),
+        _precision("fp8_e4m3", "fp8_e4m3", "fp8_e4m3"),
+        _precision("fp8_e5m2", "fp8_e5m2", "fp8_e5m2"),
+        _precision("w4a16", "int16", "int4"),
+        _precision("w8a16", "int16", "int8"),
+        _precision("int16", "int16", "int16"),
+        _precision("uint16", "uint16", "int16"),
+        _precision("bf16", "bf16", "bf16"),
+        _precision("fp16", "fp16", "fp16"),
+        _precision("tf32", "tf32", "tf32"),
+        _precision("float32", None, None),
     )
 }
-"""By name: ``w4a8`` is 4-bit weights with 8-bit activations; ``int8`` and ``int16`` are both."""
+"""By name. ``w4a8`` is 4-bit weights with 8-bit activations, ``w4`` and ``w8`` are weights alone;
+``uint8`` and ``uint16`` have unsigned activations and signed weights; any other name is both."""
 
 
 def precision(name: str) -> Precision:
@@ -56,14 +109,14 @@ def precision(name: str) -> Precision:
     return PRECISIONS[name]
 
 
-def activation_levels(bits: int, *, symmetric: bool) -> Levels:
-    """The levels of a signed activation: all that the storage has, since ``QuantizeLinear``
-    saturates there. When symmetric, the range of the scale is -(2^(b-1)-1) .. 2^(b-1)-1."""
-    low, high = _RANGES[bits]
+def activation_levels(bits: int, *, symmetric: bool, range_bits: int | None = None) -> Levels:
+    """The levels of a signed activation: all that ``range_bits`` (the storage where None) hold.
+    When symmetric, the range of the scale is -(2^(b-1)-1) .. 2^(b-1)-1."""
+    low, high = INTEGERS[f"int{bits}"].range(range_bits)
     return Levels(low=low, high=high, symmetric=symmetric)
 
 
-def weight_levels(bits: int) -> Levels:
+def weight_levels(bits: int, range_bits: int | None = None) -> Levels:
     """The levels of a signed, symmetric weight: -(2^(b-1)-1) .. 2^(b-1)-1."""
-    high = _RANGES[bits][1]
-    return Levels(low=-high, high=high, symmetric=True)
+    low, high = INTEGERS[f"int{bits}"].range(range_bits, balanced=True)
+    return Levels(low=low, high=high, symmetric=True)

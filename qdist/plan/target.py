@@ -8,14 +8,21 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from qdist.errors import PlanError
+from qdist.numbers.cuts import Cuts, matrix_cuts, vector_cuts
+from qdist.numbers.grid import LEAST_SCALE, FloatGrid, PowerOfTwoGrid, ScaleGrid
+from qdist.numbers.rounding import ROUNDINGS
 from qdist.plan.plan import LayerPlan, QuantizationPlan, QuantizedInput
-from qdist.plan.quantizer import Quantizer
+from qdist.plan.quantizer import BlockScales, Quantizer
 
-SCALE_GRIDS = ("float", "power_of_two")
-_LEAST_SCALE = float(np.finfo(np.float32).tiny)
+CUT_GRID = "m*2^-n"
+SCALE_GRIDS = ("float", "power_of_two", CUT_GRID)
+_GRIDS: dict[str, ScaleGrid] = {
+    "float": FloatGrid(),
+    "power_of_two": PowerOfTwoGrid(),
+    # Feature maps are normalized by any float32; the grid is that of the cuts.
+    CUT_GRID: FloatGrid(),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,19 +30,38 @@ class Target:
     """What a toolchain accepts.
 
     ``precisions``: names it supports. ``symmetric_only``: activations must have zero point 0.
-    ``per_channel``: whether weights may have a scale per output channel. ``scale_grid``: ``float``
-    (float32) or ``power_of_two`` (rounded up, so that nothing more is clipped).
+    ``per_channel``: whether weights may have a scale per output channel, but for those of
+    ``per_tensor_operators``; ``blocks``: whether they may have one for every so many values,
+    ``block_sizes``: how many (empty: any). ``tokens`` and ``activation_channels``: whether
+    activations may have a scale per token, and per channel.
+
+    ``scale_grid``: ``float`` (float32), ``power_of_two`` (rounded up, so that nothing more is
+    clipped) or ``m*2^-n``: Icraft's, where the weight's scale over those of input and output is
+    split into the cuts of `qdist.numbers.cuts`. ``rounding``: of weights, ``half_even`` or
+    ``half_away``. ``table_bits``: functions of 16-bit tensors are tables of ``2**table_bits``
+    intervals (target-exact mode alone); None: no tables.
     """
 
     name: str
     precisions: tuple[str, ...]
     symmetric_only: bool = False
     per_channel: bool = True
+    per_tensor_operators: tuple[str, ...] = ()
+    blocks: bool = True
+    block_sizes: tuple[int, ...] = ()
+    tokens: bool = True
+    activation_channels: bool = True
     scale_grid: str = "float"
+    rounding: str = "half_even"
+    table_bits: int | None = None
 
     def __post_init__(self) -> None:
         if self.scale_grid not in SCALE_GRIDS:
             raise ValueError(f"scale_grid must be one of {SCALE_GRIDS}, got {self.scale_grid!r}")
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(f"rounding must be one of {ROUNDINGS}, got {self.rounding!r}")
+        if self.table_bits is not None and not 4 <= self.table_bits <= 16:
+            raise ValueError(f"table_bits must be within 4..16, got {self.table_bits}")
 
     def project(self, plan: QuantizationPlan) -> ProjectedPlan:
         """The plan with every number as the target stores it. Projecting twice changes nothing.
@@ -52,33 +78,65 @@ class Target:
             return layer
         if layer.choice.precision not in self.precisions:
             raise self._refusal(layer, layer.choice.precision, ", ".join(self.precisions))
-        return replace(
+        for entry in layer.weights:
+            self._check_weight(layer, entry.quantizer)
+        for entry in (*layer.activations, *layer.outputs):
+            self._check_activation(layer, entry)
+        found = replace(
             layer,
             activations=tuple(self._input(layer, entry, notes) for entry in layer.activations),
-            weights=tuple(self._input(layer, entry, notes) for entry in layer.weights),
+            weights=tuple(self._rounded(self._input(layer, e, notes)) for e in layer.weights),
+            outputs=tuple(self._input(layer, entry, []) for entry in layer.outputs),
         )
+        return _cut(found, notes) if self.scale_grid == CUT_GRID else found
 
-    def _input(self, layer: LayerPlan, entry: QuantizedInput, notes: list[str]) -> QuantizedInput:
+    def _check_weight(self, layer: LayerPlan, quantizer: Quantizer) -> None:
+        several = quantizer.axis is not None or quantizer.blocks is not None
+        if not self.per_channel and several:
+            raise self._refusal(layer, "scales per channel", "quantization.granularity=tensor")
+        if layer.op_type in self.per_tensor_operators and several:
+            rule = f'{{match: "op:{layer.op_type}", granularity: tensor}}'
+            raise self._refusal(layer, f"{layer.op_type} with scales per channel", f"a rule {rule}")
+        if quantizer.blocks is None:
+            return
+        size = quantizer.blocks.size
+        if not self.blocks:
+            raise self._refusal(layer, "scales for blocks", "quantization.granularity=channel")
+        if self.block_sizes and size not in self.block_sizes:
+            known = ", ".join(map(str, self.block_sizes))
+            raise self._refusal(layer, f"blocks of {size}", f"blocks of {known}")
+
+    def _check_activation(self, layer: LayerPlan, entry: QuantizedInput) -> None:
         quantizer = entry.quantizer
         if self.symmetric_only and any(quantizer.zero_points):
             raise self._refusal(
                 layer, f"a zero point for {entry.tensor}", "quantization.symmetric=true"
             )
-        if not self.per_channel and quantizer.axis is not None:
-            raise self._refusal(layer, "scales per channel", "quantization.granularity=tensor")
-        scales = tuple(self._scale(scale) for scale in quantizer.scales)
-        n_clamped = sum(scale < _LEAST_SCALE for scale in quantizer.scales)
+        for is_there, allowed, what in (
+            (quantizer.is_dynamic, self.tokens, "token"),
+            (quantizer.axis is not None, self.activation_channels, "channel"),
+        ):
+            if is_there and not allowed:
+                got = f"a scale per {what} for {entry.tensor}"
+                raise self._refusal(layer, got, "quantization.activation_granularity=tensor")
+
+    def _input(self, layer: LayerPlan, entry: QuantizedInput, notes: list[str]) -> QuantizedInput:
+        quantizer = entry.quantizer
+        grid = _GRIDS[self.scale_grid]
+        snapped = [grid.snap(scale) for scale in quantizer.scales]
+        n_clamped = sum(entry.is_clamped for entry in snapped)
         if n_clamped:
             notes.append(
-                f"{layer.name}: {n_clamped} scales of {entry.tensor} raised to {_LEAST_SCALE:.3g}"
+                f"{layer.name}: {n_clamped} scales of {entry.tensor} raised to {LEAST_SCALE:.3g}"
             )
-        return replace(entry, quantizer=self._snapped(quantizer, scales))
+        scales = tuple(entry.value for entry in snapped)
+        found = self._snapped(quantizer, scales)
+        if quantizer.blocks is not None and self.scale_grid != "float":
+            found = replace(found, blocks=_snapped_blocks(quantizer.blocks, grid))
+        return replace(entry, quantizer=found)
 
-    def _scale(self, scale: float) -> float:
-        scale = max(scale, _LEAST_SCALE)
-        if self.scale_grid == "power_of_two":
-            scale = 2.0 ** math.ceil(math.log2(scale) - 1e-9)
-        return float(np.float32(scale))
+    def _rounded(self, entry: QuantizedInput) -> QuantizedInput:
+        return replace(entry, quantizer=replace(entry.quantizer, rounding=self.rounding))
 
     @staticmethod
     def _snapped(quantizer: Quantizer, scales: tuple[float, ...]) -> Quantizer:
@@ -103,6 +161,56 @@ class Target:
             mend="run qdist quantize with other settings (quantization.symmetric=true, "
             "quantization.granularity=tensor), change the layer's rule, or choose another target",
         )
+
+
+def _snapped_blocks(blocks: BlockScales, grid: ScaleGrid) -> BlockScales:
+    values = blocks.values.copy()
+    values.ravel()[:] = [grid.snap(float(scale)).value for scale in values.ravel()]
+    return BlockScales.of(values, blocks.axis, blocks.size)
+
+
+def _cut(layer: LayerPlan, notes: list[str]) -> LayerPlan:
+    """The layer with its weight's scale such that over the scales of input and output it is what
+    the hardware multiplies with.
+
+    Products of two activations have no weight to adjust: their cut is snapped where it is made
+    (`qdist.simulate.integers`). So is that of a layer whose output nobody has measured.
+    """
+    is_one = len(layer.weights) == len(layer.activations) == len(layer.outputs) == 1
+    if not is_one or layer.weights[0].quantizer.is_float or layer.op_type not in _CUT_OPERATORS:
+        return layer
+    (entry,), (source,), (result,) = layer.weights, layer.activations, layer.outputs
+    ratio = source.quantizer.scales[0] / result.quantizer.scales[0]
+    normalized = [scale * ratio for scale in entry.quantizer.scales]
+    cuts = cuts_of(layer, normalized)
+    found = [scale.value / ratio for scale in cuts.scales]
+    # What was clamped once lies on the grid's end, but for the last bit of a float32.
+    n_clamped = sum(
+        s.is_clamped and not math.isclose(s.value, scale, rel_tol=1e-6)
+        for s, scale in zip(cuts.scales, normalized, strict=True)
+    )
+    if n_clamped:
+        notes.append(
+            f"{layer.name}: {n_clamped} scales of {entry.tensor} lie beyond what the cuts reach"
+        )
+    quantizer = replace(
+        entry.quantizer,
+        scales=tuple(FloatGrid().snap(scale).value for scale in found),
+        cuts=tuple((s.m or 0, s.n or 0, cuts.shift) for s in cuts.scales),
+    )
+    return replace(layer, weights=(replace(entry, quantizer=quantizer),))
+
+
+_CUT_OPERATORS = ("Conv", "ConvTranspose", "MatMul", "Gemm", "Mul")
+
+
+def cuts_of(layer: LayerPlan, scales: list[float]) -> Cuts:
+    """The cuts for these normalized scales: on the vector unit alone for depthwise convolutions and
+    products, else on both."""
+    bits = layer.activations[0].quantizer.bits
+    if layer.op_type == "Mul" or layer.is_depthwise:
+        return vector_cuts(scales, bits)
+    return matrix_cuts(scales, bits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,15 +1,20 @@
-"""Symmetric ranges of weights, per tensor or per output channel."""
+"""Symmetric ranges of weights: per tensor, output channel, group of channels, or block."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qdist.plan.quantizer import Quantizer
+from qdist.numbers.dtype import FloatType
+from qdist.numbers.grid import LEAST_SCALE
+from qdist.plan.quantizer import BlockScales, Quantizer
 from qdist.threshold.clip import Levels
+from qdist.threshold.registry import find_thresholds
+from qdist.threshold.sources import array_densities
 
 _FRACTIONS = np.linspace(0.4, 1.0, 25)[::-1]
 _BLOCK_ELEMENTS = 1 << 22
@@ -21,7 +26,8 @@ def weight_quantizer(
     """The quantizer of a float weight of any shape, per index of ``axis`` (None: one range).
 
     ``method``: ``max`` takes the largest |w|; ``mse`` the fraction of it (0.4 .. 1 in 25 steps)
-    with the least squared error, a channel at a time.
+    with the least squared error, a channel at a time; any other finds its range on the histogram of
+    each channel (`qdist.threshold.sources`).
     """
     n_channels = 1 if axis is None else weight.shape[axis]
     bounds = np.empty(n_channels, np.float64)
@@ -29,7 +35,7 @@ def weight_quantizer(
     error = 0.0
     for start, block in _blocks(weight, axis):
         top = _largest(block)
-        best = top if method == "max" else _least_error(block, top, levels)
+        best = _bounds(block, top, levels, method)
         bounds[start : start + best.size] = best
         for values in _pieces(block):
             clipped += int((np.abs(values) > best[:, None].astype(np.float32)).sum())
@@ -47,6 +53,95 @@ def weight_quantizer(
         bounds=(-widest, widest),
         clipped_share=clipped / max(1, weight.size),
         expected_mse=error / max(1, weight.size),
+    )
+
+
+def _bounds(
+    block: NDArray[Any], top: NDArray[np.float64], levels: Levels, method: str
+) -> NDArray[np.float64]:
+    """The bound of each row, whose largest magnitude is ``top``."""
+    if method == "max":
+        return top
+    if method == "mse":
+        return _least_error(block, top, levels)
+    found = find_thresholds(array_densities(block, 0), levels, method)
+    return np.array([max(-each.low, each.high) for each in found])
+
+
+def group_quantizer(
+    weight: NDArray[Any], levels: Levels, bits: int, axis: int, n_groups: int, method: str
+) -> Quantizer:
+    """As `weight_quantizer`, with one range for each of ``n_groups`` groups of neighbouring
+    channels (Icraft's ``group=n``), which differ by one channel where they do not come out even.
+    There are no more groups than channels.
+    """
+    n_channels = weight.shape[axis]
+    moved = np.moveaxis(weight, axis, 0)
+    parts = np.array_split(np.arange(n_channels), min(n_groups, n_channels))
+    found = [weight_quantizer(moved[p[0] : p[-1] + 1], levels, bits, None, method) for p in parts]
+    sizes = [part.size * weight.size // n_channels for part in parts]
+    scales = [q.scales[0] for q, part in zip(found, parts, strict=True) for _ in part]
+    widest = max(q.bounds[1] for q in found)
+    return replace(
+        found[0],
+        scales=tuple(scales),
+        zero_points=(0,) * n_channels,
+        axis=axis,
+        bounds=(-widest, widest),
+        clipped_share=float(np.average([q.clipped_share or 0.0 for q in found], weights=sizes)),
+        expected_mse=float(np.average([q.expected_mse or 0.0 for q in found], weights=sizes)),
+    )
+
+
+def block_quantizer(
+    weight: NDArray[Any], levels: Levels, bits: int, axis: int, size: int, method: str
+) -> Quantizer:
+    """As `weight_quantizer`, with one range for every ``size`` values along ``axis``, at each index
+    of the other axes. The last block may be shorter."""
+    length = weight.shape[axis]
+    n_blocks = -(-length // size)
+    moved = np.moveaxis(weight, axis, -1)
+    rest = moved.shape[:-1]
+    # Zeros at the end change no range and add no error.
+    padded = np.zeros((*rest, n_blocks * size), np.float32)
+    padded[..., :length] = moved
+    rows = padded.reshape(-1, size)
+    whole = weight_quantizer(rows, levels, bits, 0, method)
+    scales = np.maximum(np.asarray(whole.scales, np.float32), np.float32(LEAST_SCALE))
+    shaped = np.moveaxis(scales.reshape(*rest, n_blocks), -1, axis)
+    more = rows.size / max(1, weight.size)
+    return replace(
+        whole,
+        scales=(float(scales.max()),),
+        zero_points=(0,),
+        axis=None,
+        blocks=BlockScales.of(shaped, axis % weight.ndim, size),
+        clipped_share=(whole.clipped_share or 0.0) * more,
+        expected_mse=(whole.expected_mse or 0.0) * more,
+    )
+
+
+def float_quantizer(weight: NDArray[Any], kind: FloatType, axis: int | None) -> Quantizer:
+    """The quantizer of a weight into a narrow floating-point type: the largest magnitude becomes
+    the type's largest value."""
+    n_channels = 1 if axis is None else weight.shape[axis]
+    top = np.empty(n_channels, np.float64)
+    for start, block in _blocks(weight, axis):
+        found = _largest(block)
+        top[start : start + found.size] = found
+    scales = np.where(top > 0, top / kind.largest, 1.0)
+    widest = float(top.max(initial=0.0))
+    return Quantizer(
+        bits=kind.bits,
+        low=0,
+        high=0,
+        scales=tuple(float(s) for s in scales),
+        zero_points=(0,) * n_channels,
+        axis=axis,
+        method="max",
+        bounds=(-widest, widest),
+        storage=kind.name,
+        saturates=True,
     )
 
 

@@ -19,7 +19,8 @@ from rich.text import Text
 from qdist.errors import ArtifactError
 from qdist.evaluate.compare import LayerComparison
 from qdist.model.loading import load_model
-from qdist.plan.plan import LayerPlan, QuantizationPlan, QuantizedInput
+from qdist.plan.difference import compare_plans, moved_text
+from qdist.plan.plan import LayerPlan, QuantizationPlan
 from qdist.plan.quantizer import Quantizer
 from qdist.report import text
 from qdist.report.cells import Name, add_fact, fact_table, plain_table
@@ -162,27 +163,38 @@ def plan_table(plan: QuantizationPlan, limit: int | None = None) -> RenderableTy
     return Group(table, *_left_float(plan.layers))
 
 
-def plan_difference_table(a: QuantizationPlan, b: QuantizationPlan) -> RenderableType:
-    """The layers that two plans treat differently: what each has of what differs."""
-    left = {layer.name: layer for layer in a.layers}
-    right = {layer.name: layer for layer in b.layers}
-    table = plain_table(f"plan {a.digest[:12]} beside {b.digest[:12]}")
+def plan_difference_table(
+    a: QuantizationPlan, b: QuantizationPlan, limit: int | None = None
+) -> RenderableType:
+    """The layers that two plans treat differently (the first ``limit`` of them; None: all): what
+    each has of what differs, and how far thresholds moved."""
+    found = compare_plans(a, b)
+    title = f"plan {a.digest[:12]} beside {b.digest[:12]}"
+    if limit is not None and limit < len(found.layers):
+        title = f"{_share_title(len(found.layers), limit, 'differing layers')}, {title}"
+    table = plain_table(title)
     table.add_column("layer")
     for heading in ("what", "first plan", "second plan"):
         table.add_column(heading, overflow="fold")
-    n_layers = 0
-    for name in dict.fromkeys([*left, *right]):
-        differences = _differences(left.get(name), right.get(name))
-        n_layers += bool(differences)
-        for i, (what, first, second) in enumerate(differences):
-            label: RenderableType = Name(name) if i == 0 else Text("")
-            table.add_row(label, Text(what), Text(first), Text(second))
-    lines = [f"{n_layers} of {len({*left, *right})} layers differ"]
-    if a.model_digest != b.model_digest:
+    table.add_column("moved", justify="right", no_wrap=True)
+    shown = set(found.layers[:limit])
+    last = ""
+    for change in found.changes:
+        if change.layer not in shown:
+            continue
+        label: RenderableType = Name(change.layer) if change.layer != last else Text("")
+        last = change.layer
+        what: RenderableType = Text(change.what)
+        if change.tensor:
+            what = Group(what, Padding(Name(change.tensor, "dim"), (0, 0, 0, 2)))
+        moved = "" if change.moved is None else moved_text(change.moved)
+        table.add_row(label, what, Text(change.before), Text(change.after), Text(moved))
+    lines = [f"{len(found.layers)} of {found.n_layers} layers differ", found.summary()]
+    if not found.same_model:
         lines.append(f"they are for two models: {a.model_digest[:12]} and {b.model_digest[:12]}")
-    if a.statistics_digest != b.statistics_digest:
+    if not found.same_statistics:
         lines.append("their ranges come from two calibrations")
-    return Group(*([table] if n_layers else []), *(Text(line) for line in lines))
+    return Group(*([table] if found.layers else []), *(Text(line) for line in lines if line))
 
 
 def artifact_table(path: Path) -> RenderableType:
@@ -230,12 +242,11 @@ def _about(layer: LayerPlan) -> list[str]:
     lines = [layer.op_type]
     for entry in layer.weights:
         quantizer = entry.quantizer
-        n = len(quantizer.scales)
-        grain = "per tensor" if quantizer.axis is None else f"x {n}"
-        lines.append(f"weights {quantizer.dtype} {grain}, {quantizer.method}")
+        lines.append(f"weights {quantizer.dtype} {quantizer.grain}, {quantizer.method}")
     if layer.why and layer.why != "default":
         lines.append(layer.why)
-    return lines
+    ruled = (entry for entry in (*layer.activations, *layer.weights) if entry.provenance.rule)
+    return [*lines, *(f"{entry.tensor}: {entry.provenance.rule}" for entry in ruled)]
 
 
 def _columns(quantizers: Sequence[Quantizer]) -> list[list[str]]:
@@ -269,37 +280,6 @@ def _left_float(layers: Iterable[LayerPlan]) -> list[RenderableType]:
     if not lines:
         return []
     return [Text("\nWhat stays float, and why:"), *(Text(f"- {line}") for line in lines)]
-
-
-def _differences(a: LayerPlan | None, b: LayerPlan | None) -> list[tuple[str, str, str]]:
-    """What differs: its name, and how the first and the second plan have it."""
-    if a is None or b is None:
-        return [("layer", "absent" if a is None else "there", "absent" if b is None else "there")]
-    first, second = a.choice.to_json(), b.choice.to_json()
-    found = [(key, str(first[key]), str(second[key])) for key in first if first[key] != second[key]]
-    for what, before, after in (
-        ("activations", a.activations, b.activations),
-        ("weights", a.weights, b.weights),
-    ):
-        if _keys(before) != _keys(after):
-            found.append((what, _ranges(before), _ranges(after)))
-    if a.left_float != b.left_float and a.is_quantized and b.is_quantized:
-        before_names, after_names = (", ".join(p.left_float) or "none" for p in (a, b))
-        found.append(("float inputs", before_names, after_names))
-    return found
-
-
-def _keys(entries: Sequence[QuantizedInput]) -> list[object]:
-    return [(entry.index, entry.tensor, entry.quantizer.key) for entry in entries]
-
-
-def _ranges(entries: Sequence[QuantizedInput]) -> str:
-    lines = []
-    for entry in entries:
-        q = entry.quantizer
-        many = "" if q.axis is None else f" x {len(q.scales)}"
-        lines.append(f"{q.dtype}{many} {q.bounds[0]:.6g} .. {q.bounds[1]:.6g}")
-    return "\n".join(lines) or "float"
 
 
 def _n_pairs(proto: onnx.ModelProto) -> int:

@@ -3,4 +3,5 @@
 ``trial``   candidates, finished trials, and how trials are ranked.
 ``greedy``  hill climbing over groups of layers, most and least sensitive first.
 ``strategies``  the strategies by name.
+``pickers``   mixed precision without a search.
 """

@@ -1,6 +1,10 @@
 """The quantized graph that is scored, which is the very graph that ships.
 
-``pairs``     Q/DQ nodes and integer weights for one quantizer each.
+``nodes``     what stores one tensor: Q/DQ pairs, scales per token, roundings.
+``pairs``     those nodes and the stored weights, made once for each quantizer.
 ``assemble``  a frozen graph and a projected plan in, the quantized graph out.
+``integers``  the graph in the chip's whole numbers (target-exact), from ``wires``.
+``tables``    functions of one tensor as tables with interpolation.
+``reference`` one layer in whole numbers, in NumPy: what ``integers`` is checked against.
 ``twins``     every quantized layer beside its float self, fed by float activations.
 """

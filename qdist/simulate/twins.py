@@ -14,7 +14,14 @@ from qdist.model import rewrite
 from qdist.model.freeze import FrozenModel
 from qdist.plan.plan import LayerPlan
 from qdist.plan.target import ProjectedPlan
-from qdist.simulate.assemble import QuantizedGraph, finished, pair_nodes, raised
+from qdist.simulate.assemble import (
+    QuantizedGraph,
+    Results,
+    finished,
+    pair_nodes,
+    raised,
+    round_results,
+)
 from qdist.simulate.pairs import Pairs
 
 SUFFIX = ".twin"
@@ -45,13 +52,21 @@ def twin_graph(frozen: FrozenModel, projected: ProjectedPlan) -> TwinGraph:
             continue
         twin = _twin(node)
         nodes.extend(pair_nodes(twin, layer, pairs, placed))
-        nodes.append(twin)
+        after = round_results(twin, _own_results(node, layer), pairs)
+        nodes.extend((twin, *after))
         outputs[layer.name] = next(name for name in node.output if name)
     del proto.graph.output[:]
     for name in outputs.values():
         proto.graph.output.append(onnx.ValueInfoProto(name=name))
         proto.graph.output.append(onnx.ValueInfoProto(name=name + SUFFIX))
     return TwinGraph(graph=finished(frozen, proto, nodes, pairs), outputs=outputs)
+
+
+def _own_results(node: NodeProto, layer: LayerPlan) -> Results:
+    """How the twin's results are rounded: as those of the last layer that is computed together with
+    it, since rounding changes nothing about ReLU and Clip."""
+    kinds = [entry.quantizer for entry in layer.outputs if layer.choice.bits.rounds is not None]
+    return {i: kinds[0] for i, name in enumerate(node.output) if name and kinds}
 
 
 def _twin(node: NodeProto) -> NodeProto:

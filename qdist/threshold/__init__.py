@@ -2,10 +2,17 @@
 
 ``clip``        a range, and what it costs.
 ``error``       expected squared error of a uniform quantizer on a density.
-``maximum``, ``percentile``, ``mse``, ``entropy``  one family each.
+``maximum``, ``percentile``, ``mse``, ``entropy``  one family each; so are
+``aciq``, ``admm``, ``improved``.
+``consumer``    what a layer makes of an error in the tensor that it reads.
+``auto``        the method with the least expected error in the layers that read a tensor.
+``adjust``      a range scaled (``th_scale``) or given (``threshold``).
 ``sentinel``    values that mean "masked" rather than a magnitude.
-``registry``    the methods by name, and the one function that applies them.
-``kernels``     the error integral, compiled.
+``registry``    the methods by name, vendors' names for them, and the functions that apply them.
+``sources``     densities of channels, groups and weights.
+``kernels``, ``mse_kernels``, ``divergence_kernels``, ``joint_kernels``  the loops, compiled.
+``warm``        compiles them ahead of the first run.
 ``blocks``      the mean of the ranges of equal blocks (Icraft's ``batch``).
+``bootstrap``   how well the samples pin a range down, and how many more would.
 ``convergence`` have ranges stopped moving? The policy of early stopping.
 """

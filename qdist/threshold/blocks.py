@@ -16,7 +16,7 @@ import numpy as np
 
 from qdist.stats.histogram import Density, Histogram
 from qdist.threshold.clip import Levels, Threshold
-from qdist.threshold.error import expected_mse
+from qdist.threshold.error import measured
 from qdist.threshold.registry import find_threshold
 from qdist.threshold.sentinel import split_sentinels
 
@@ -68,13 +68,7 @@ def mean_threshold(
     else:
         low = float(np.mean([each.low for each in found]))
         high = float(np.mean([each.high for each in found]))
-        threshold = Threshold(
-            low=low,
-            high=high,
-            method=found[0].method,
-            clipped_share=whole.share_outside(low, high),
-            expected_mse=expected_mse(whole, low, high, levels),
-        )
+        threshold = measured(whole, low, high, levels, method=found[0].method, note=found[0].note)
     return BlockThreshold(
         threshold=threshold,
         n_used=len(used),

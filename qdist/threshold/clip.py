@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -29,7 +30,8 @@ class Threshold:
     """A clipping range ``low .. high`` in units of the tensor, with zero inside.
 
     ``method``: how it was found. ``clipped_share``: share of the values outside.
-    ``expected_mse``: mean squared error of quantizing into it, by the histogram.
+    ``expected_mse``: mean squared error of quantizing into it, by the histogram. ``mean_square``:
+    of the values themselves, by the histogram. ``note``: what else there is to say of it.
     """
 
     low: float
@@ -37,10 +39,23 @@ class Threshold:
     method: str
     clipped_share: float
     expected_mse: float
+    mean_square: float = 0.0
+    note: str = ""
 
     def __post_init__(self) -> None:
         if not self.low <= 0.0 <= self.high:
             raise ValueError(f"a range must hold zero, got {self.low}..{self.high}")
+
+    @property
+    def relative_error(self) -> float:
+        """Expected squared error as a share of the mean square of the values; 0 without values."""
+        return self.expected_mse / self.mean_square if self.mean_square > 0 else 0.0
+
+    @property
+    def sqnr_db(self) -> float:
+        """Signal to quantization noise in decibels; ``inf`` without an error."""
+        share = self.relative_error
+        return -10.0 * math.log10(share) if share > 0 else math.inf
 
 
 def scale_and_zero(low: float, high: float, levels: Levels) -> tuple[float, int]:

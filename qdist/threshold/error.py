@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdist.stats.histogram import Density
-from qdist.threshold.clip import Levels, scale_and_zero
+from qdist.threshold.clip import Levels, Threshold, scale_and_zero
 from qdist.threshold.kernels import sum_squared_error
 
 
@@ -21,6 +21,21 @@ def expected_mse(density: Density, low: float, high: float, levels: Levels) -> f
         return 0.0
     scale, zero = scale_and_zero(low, high, levels)
     return mean_squared_error(density, scale, zero, levels)
+
+
+def measured(
+    density: Density, low: float, high: float, levels: Levels, *, method: str, note: str = ""
+) -> Threshold:
+    """The range ``low .. high`` with what it costs on the density."""
+    return Threshold(
+        low=low,
+        high=high,
+        method=method,
+        clipped_share=density.share_outside(low, high),
+        expected_mse=expected_mse(density, low, high, levels),
+        mean_square=density.second_moment,
+        note=note,
+    )
 
 
 def mean_squared_error(density: Density, scale: float, zero: int, levels: Levels) -> float:

@@ -42,3 +42,43 @@ def sum_squared_error(
         if integral > 0.0:
             total += counts[i] * integral / width
     return total
+
+
+@numba.njit(cache=True, nogil=True)
+def sum_codes(
+    lower: NDArray[np.float64],
+    upper: NDArray[np.float64],
+    counts: NDArray[np.float64],
+    scale: float,
+    first: int,
+    last: int,
+) -> tuple[float, float]:
+    """Sums of q and of q x over the density, for q the nearest of ``first..last`` to x / scale."""
+    codes, products = 0.0, 0.0
+    inverse = 1.0 / scale
+    # What rounds to zero adds nothing, and can be most of the intervals.
+    start = np.searchsorted(lower, -0.5 * scale, side="left")
+    stop = max(np.searchsorted(upper, 0.5 * scale, side="right"), start)
+    for j in range(lower.size - (stop - start)):
+        i = j if j < start else j + (stop - start)
+        a, b, c = lower[i], upper[i], counts[i]
+        code_a = min(max(np.rint(a * inverse), first), last)
+        code_b = min(max(np.rint(b * inverse), first), last)
+        if code_a == code_b or b - a <= 1e-12 * max(abs(a), abs(b)):
+            codes += c * code_b
+            products += c * code_b * 0.5 * (a + b)
+            continue
+        density = c / (b - a)
+        # The parts in the cells of the first and last code, then the whole cells between them.
+        left, right = (code_a + 0.5) * scale, (code_b - 0.5) * scale
+        codes += density * ((left - a) * code_a + (b - right) * code_b)
+        products += density * 0.5 * (left * left - a * a) * code_a
+        products += density * 0.5 * (b * b - right * right) * code_b
+        n = code_b - code_a - 1.0
+        if n > 0.0:
+            k = n * code_a + n * (n + 1.0) / 2.0
+            codes += density * scale * k
+            squares = n * code_a * code_a + code_a * n * (n + 1.0)
+            squares += n * (n + 1.0) * (2.0 * n + 1.0) / 6.0
+            products += density * scale * scale * squares
+    return codes, products

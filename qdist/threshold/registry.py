@@ -1,16 +1,22 @@
-"""The threshold methods by name, and the one function that applies them."""
+"""The threshold methods by name, and the functions that apply them."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qdist.errors import ConfigError, PlanError
 from qdist.stats.histogram import Density
+from qdist.threshold.aciq import DISTRIBUTIONS, aciq
+from qdist.threshold.adjust import fixed_threshold, scale_threshold
+from qdist.threshold.admm import admm
+from qdist.threshold.auto import auto, choose
 from qdist.threshold.clip import Levels, Threshold
-from qdist.threshold.entropy import BINS, entropy, n_halves
-from qdist.threshold.error import expected_mse
+from qdist.threshold.consumer import Consumer
+from qdist.threshold.entropy import entropy, jsd, kl_v2, kld, n_halves, n_levels_of, symkl
+from qdist.threshold.error import measured
+from qdist.threshold.improved import improved_kl, improved_mse, n_joint_levels
 from qdist.threshold.maximum import maximum
 from qdist.threshold.mse import mse
 from qdist.threshold.percentile import percentile
@@ -20,55 +26,154 @@ METHODS: dict[str, Callable[..., tuple[float, float]]] = {
     "percentile": percentile,
     "mse": mse,
     "kl": entropy,
+    "kl_v2": kl_v2,
+    "symkl": symkl,
+    "jsd": jsd,
+    "kld": kld,
+    "aciq": aciq,
+    "admm": admm,
+    "improved_mse": improved_mse,
+    "improved_kl": improved_kl,
+    "auto": auto,
 }
 """Name -> function of (density, levels, parameters) that gives the bounds."""
+
+VENDOR_NAMES: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "null": ("max", {}),
+    "min_max": ("max", {}),
+    "use_max": ("max", {}),
+    "ems": ("mse", {}),
+    "use_kl": ("kl", {}),
+    "percentile9999": ("percentile", {"percent": 99.99}),
+    "improvedmse": ("improved_mse", {}),
+    "improvedkl": ("improved_kl", {}),
+}
+"""What vendors call a method, in small letters -> the method, with parameters that the name means.
+Sophgo's KL, SYMKL, JSD, ADMM, ACIQ and MAX are the methods' own names in capitals."""
+
+EVERY_METHOD = ("th_scale", "threshold")
+"""Parameters that go with any method, see `qdist.threshold.adjust`."""
 
 _LIMITS: dict[str, tuple[int, int] | tuple[float, float]] = {
     "percent": (1.0, 100.0),
     "rounds": (1, 100),
     "bins": (2, 1 << 16),
     "stride": (1, 1 << 16),
+    "starts": (1, 100),
+    "iterations": (1, 10_000),
+    "th_scale": (1e-3, 1e3),
+    "threshold": (1e-30, 1e38),
 }
 """Parameter -> least and largest value. Integers where these are."""
+_CHOICES = {"distribution": DISTRIBUTIONS}
+_TAKEN = {
+    name: tuple(
+        parameter.name
+        for parameter in inspect.signature(method).parameters.values()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    )
+    for name, method in METHODS.items()
+}
+_DEFAULTS = {
+    name: {
+        parameter.name: parameter.default
+        for parameter in inspect.signature(method).parameters.values()
+    }
+    for name, method in METHODS.items()
+}
+_LEVELS: dict[str, Callable[[Density, Levels], int]] = {
+    "kl": lambda density, levels: n_halves(levels),
+    "symkl": lambda density, levels: n_halves(levels),
+    "jsd": lambda density, levels: n_halves(levels),
+    "kld": lambda density, levels: n_halves(levels),
+    "kl_v2": n_levels_of,
+    "improved_kl": lambda density, levels: n_joint_levels(levels),
+}
+"""Methods that squeeze bins into levels -> how many levels there are to squeeze them into."""
 
 
-def check_method(method: str, parameters: Mapping[str, Any] | None = None) -> None:
+def resolve(
+    method: str,
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    where: str = "quantization.saturation",
+) -> tuple[str, dict[str, Any]]:
+    """The method's own name and all parameters, from that or a vendor's name in any case.
+
+    Given parameters win over those that a vendor's name stands for. Raises QD501.
+    """
+    given = dict(parameters or {})
+    small = method.lower()
+    if small in METHODS:
+        return small, given
+    if small in VENDOR_NAMES:
+        name, meant = VENDOR_NAMES[small]
+        return name, {**meant, **given}
+    raise PlanError(
+        "QD501",
+        where=where,
+        got=repr(method),
+        expected=f"one of {', '.join(METHODS)}, or a vendor's name: {', '.join(VENDOR_NAMES)}",
+        mend=f"choose one of these, for example {where}=mse",
+    )
+
+
+def applicable(method: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the parameters that the method takes: for layers whose method a rule has changed,
+    while the parameters were given for the others. Raises QD501."""
+    name, _ = resolve(method)
+    taken = (*_TAKEN[name], *EVERY_METHOD)
+    return {key: value for key, value in parameters.items() if key in taken}
+
+
+def check_method(
+    method: str,
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    where: str = "quantization.saturation",
+) -> None:
     """Raise QD501 for an unknown method, QD502 for a parameter that it does not take, QD104 for a
     value that the parameter cannot have."""
-    if method not in METHODS:
-        raise PlanError(
-            "QD501",
-            where="quantization.saturation",
-            got=repr(method),
-            expected=f"one of {', '.join(METHODS)}",
-            mend="choose one of these, for example quantization.saturation=mse",
-        )
-    taken = [
-        name
-        for name, parameter in inspect.signature(METHODS[method]).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    ]
-    for name, value in (parameters or {}).items():
-        if name not in taken:
+    _checked(method, parameters, where=where)
+
+
+def _checked(
+    method: str,
+    parameters: Mapping[str, Any] | None,
+    *,
+    where: str = "quantization.saturation",
+) -> tuple[str, dict[str, Any]]:
+    name, given = resolve(method, parameters, where=where)
+    taken = (*_TAKEN[name], *EVERY_METHOD)
+    for key, value in given.items():
+        if key not in taken:
             raise PlanError(
                 "QD502",
                 where=f"method {method}",
-                got=f"a parameter {name!r}",
-                expected=f"one of {', '.join(taken)}" if taken else "no parameter",
+                got=f"a parameter {key!r}",
+                expected=f"one of {', '.join(taken)}",
                 mend="remove it from quantization.saturation_parameters",
             )
-        _check_value(name, value)
+        _check_value(key, value)
+    return name, given
 
 
 def _check_value(name: str, value: Any) -> None:
-    low, high = _LIMITS[name]
-    kinds = (int,) if isinstance(low, int) else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+    if name in _CHOICES:
+        known = _CHOICES[name]
+        fits, expected = value in known, f"one of {', '.join(known)}"
+    else:
+        low, high = _LIMITS[name]
+        kinds = (int,) if isinstance(low, int) else (int, float)
+        fits = not isinstance(value, bool) and isinstance(value, kinds) and low <= value <= high
+        kind = "an integer" if isinstance(low, int) else "a number"
+        expected = f"{kind} from {low} to {high}"
+    if not fits:
         raise ConfigError(
             "QD104",
             where=f"quantization.saturation_parameters.{name}",
             got=repr(value),
-            expected=f"{'an integer' if isinstance(low, int) else 'a number'} from {low} to {high}",
+            expected=expected,
             mend="change it, or remove it for the method's own value",
         )
 
@@ -78,20 +183,53 @@ def find_threshold(
     levels: Levels,
     method: str,
     parameters: Mapping[str, Any] | None = None,
+    consumers: Sequence[Consumer] = (),
 ) -> Threshold:
-    """The range that ``method`` chooses for a tensor, under the name of the method really used:
-    ``kl`` is ``max`` where it has no more bins than levels. Raises QD501, QD502, QD104.
+    """The range that ``method`` chooses for a tensor, under the name of the method really used.
+
+    That is ``max`` for a divergence with no more bins than levels, the chosen one for ``auto``,
+    and ``fixed`` with the parameter ``threshold``. ``consumers``: the layers that read the tensor,
+    which ``auto`` asks. Raises QD501, QD502, QD104.
     """
-    check_method(method, parameters)
-    given = dict(parameters or {})
-    if method == "kl" and n_halves(levels) >= given.get("bins", BINS):
-        method, given = "max", {}
-    low, high = METHODS[method](density, levels, **given)
-    low, high = min(low, 0.0), max(high, 0.0)
-    return Threshold(
-        low=low,
-        high=high,
-        method=method,
-        clipped_share=density.share_outside(low, high),
-        expected_mse=expected_mse(density, low, high, levels),
-    )
+    name, given = _checked(method, parameters)
+    return _found(density, levels, name, given, consumers)
+
+
+def find_thresholds(
+    densities: Sequence[Density],
+    levels: Levels,
+    method: str,
+    parameters: Mapping[str, Any] | None = None,
+) -> tuple[Threshold, ...]:
+    """`find_threshold` for many rows, such as the channels of a tensor, in their order.
+
+    What does not depend on the row is done once. ``auto`` judges each row by itself.
+    """
+    name, given = _checked(method, parameters)
+    return tuple(_found(density, levels, name, given, ()) for density in densities)
+
+
+def _found(
+    density: Density,
+    levels: Levels,
+    name: str,
+    parameters: Mapping[str, Any],
+    consumers: Sequence[Consumer],
+) -> Threshold:
+    given = dict(parameters)
+    factor, bound = given.pop("th_scale", None), given.pop("threshold", None)
+    if bound is not None:
+        found = fixed_threshold(float(bound), density, levels)
+    elif name == "auto":
+        chosen = choose(density, levels, consumers)
+        found = measured(
+            density, chosen.low, chosen.high, levels, method=chosen.method, note=chosen.note
+        )
+    else:
+        if name in _LEVELS:
+            bins = given.get("bins", _DEFAULTS[name]["bins"])
+            if _LEVELS[name](density, levels) >= bins:
+                name, given = "max", {}
+        low, high = METHODS[name](density, levels, **given)
+        found = measured(density, min(low, 0.0), max(high, 0.0), levels, method=name)
+    return found if factor is None else scale_threshold(found, float(factor), density, levels)

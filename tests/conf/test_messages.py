@@ -46,9 +46,9 @@ MISTAKES: list[tuple[str, tuple[str, ...], str, tuple[str, ...]]] = [
     ),
     (
         "key of another command",
-        ("quantize", "model=digits_cnn", "data=digits"),
+        ("emit", "model=digits_cnn", "data=digits"),
         "QD102",
-        ("'data'", "store, quantization, target"),
+        ("'data'", "target, plan, artifact"),
     ),
     (
         "key in a rule",

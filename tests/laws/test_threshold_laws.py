@@ -386,6 +386,28 @@ def test_every_method_stays_in_the_range_that_was_seen(
         assert found.clipped_share == pytest.approx(outside, abs=0.02)
 
 
+@given(seeds, st.integers(1, 300), st.integers(0, 5), st.sampled_from(ALL_LEVELS))
+@settings(max_examples=40, deadline=None)
+def test_every_method_takes_values_of_any_magnitude(
+    seed: int, n: int, kind: int, levels: Levels
+) -> None:
+    rng = np.random.default_rng(seed)
+    values = (
+        lambda: 10.0 ** rng.uniform(-44, 38, n) * rng.choice([-1, 1], n),
+        lambda: rng.choice([0, 1.0, -2.5, 1e-30, 3e38], n),
+        lambda: rng.choice([-3e38, 3e38], n),
+        lambda: rng.integers(0, 256, n) / 255,
+        lambda: np.append(np.zeros(n), rng.normal()),
+        lambda: np.full(n, 1e-42),
+    )[kind]()
+    density = density_of(values.astype(np.float32))
+    for method in METHODS:
+        found = find_threshold(density, levels, method)
+        assert min(0, density.minimum) <= found.low <= 0 <= found.high <= max(0, density.maximum)
+        assert found.high > found.low or density.minimum == density.maximum == 0
+        assert np.isfinite([found.expected_mse, found.clipped_share, found.mean_square]).all()
+
+
 @given(seeds, st.sampled_from(sorted(DISTRIBUTIONS)), st.integers(-20, 20))
 @settings(max_examples=30, deadline=None)
 def test_scaling_the_data_by_a_power_of_two_scales_every_range(

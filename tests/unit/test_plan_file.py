@@ -12,7 +12,7 @@ import pytest
 
 from qdist.errors import ArtifactError, PlanError
 from qdist.plan.choice import LayerChoice
-from qdist.plan.plan import LayerPlan, QuantizationPlan, QuantizedInput, load_plan
+from qdist.plan.plan import SCHEMA, LayerPlan, QuantizationPlan, QuantizedInput, load_plan
 from qdist.plan.precision import PRECISIONS, activation_levels, precision, weight_levels
 from qdist.plan.quantizer import Quantizer
 
@@ -76,7 +76,7 @@ def test_a_plan_survives_its_file_digest_and_all(tmp_path: Path) -> None:
     for found in (load_plan(path), load_plan(path, PLAN.model_digest)):
         assert found == PLAN
         assert found.digest == PLAN.digest
-    assert json.loads(path.read_text())["qdist_plan"] == 1
+    assert json.loads(path.read_text())["qdist_plan"] == SCHEMA
 
 
 @pytest.mark.parametrize(
@@ -105,9 +105,9 @@ def test_a_plan_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_a_plan_of_another_schema_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    path.write_text(json.dumps({**PLAN.to_json(), "qdist_plan": 2}))
+    path.write_text(json.dumps({**PLAN.to_json(), "qdist_plan": 3}))
     assert code_of(path) == "QD504"
-    with pytest.raises(PlanError, match="schema 2, this version reads 1"):
+    with pytest.raises(PlanError, match="schema 3, this version reads 1 and 2"):
         load_plan(path)
 
 
@@ -219,18 +219,18 @@ def test_an_unknown_precision_lists_the_known_ones() -> None:
         LayerChoice(precision="int3")
     assert caught.value.code == "QD506"
     assert caught.value.got == "'int3'"
-    assert caught.value.expected == "one of w4a8, int8, w4a16, w8a16, int16, float32"
+    assert caught.value.expected == f"one of {', '.join(PRECISIONS)}"
 
 
 @pytest.mark.parametrize(
     ("change", "code"),
     [
         ({"granularity": "group"}, "QD507"),
-        ({"weight_saturation": "kl"}, "QD507"),
+        ({"weight_saturation": "best"}, "QD501"),
         ({"saturation": "best"}, "QD501"),
     ],
 )
-def test_an_unknown_choice_is_refused(change: dict[str, str], code: str) -> None:
+def test_an_unknown_choice_is_refused(change: dict[str, Any], code: str) -> None:
     with pytest.raises(PlanError) as caught:
         LayerChoice(**change)
     assert caught.value.code == code
@@ -243,7 +243,8 @@ def test_four_bit_weights_are_fitted_and_others_keep_their_maximum(name: str) ->
     assert choice.weight_method == ("mse" if precision(name).weight_bits == 4 else "max")
     assert LayerChoice(precision=name, weight_saturation="max").weight_method == "max"
     assert choice.bits.is_float == (name == "float32")
-    assert choice.bits.opset == (13 if name in ("int8", "float32") else 21)
+    old = ("w8", "int8", "uint8", "bf16", "fp16", "tf32", "float32")
+    assert choice.bits.opset == (13 if name in old else 19 if name.startswith("fp8") else 21)
 
 
 @pytest.mark.parametrize(("bits", "high"), [(4, 7), (8, 127), (16, 32767)])

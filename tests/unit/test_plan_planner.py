@@ -32,6 +32,7 @@ from qdist.plan.weight_range import weight_quantizer
 from qdist.store.zarr_store import create_store
 from qdist.threshold.clip import scale_and_zero
 from qdist.threshold.registry import METHODS, find_threshold
+from qdist.threshold.sentinel import masked_floor, split_sentinels
 from tests.onnx_models import (
     ANY_TARGET,
     EXECUTION,
@@ -81,7 +82,10 @@ def planner(tmp_path: Path) -> Planner:
     return planner_for(frozen, samples_of("x", 6, n=40), tmp_path / "store")
 
 
-def plan_with(planner: Planner, **settings: str) -> QuantizationPlan:
+SQUEEZING = ("kl", "kl_v2", "symkl", "jsd", "kld", "improved_kl")
+
+
+def plan_with(planner: Planner, **settings: Any) -> QuantizationPlan:
     return planner.plan({layer.name: LayerChoice(**settings) for layer in planner.layers})
 
 
@@ -97,7 +101,9 @@ def test_an_activation_gets_the_threshold_of_its_histogram(
     plan = plan_with(planner, saturation=method, precision=precision)
     found = layer(plan, "second").activations[0].quantizer
     levels = activation_levels(bits, symmetric=False)
-    threshold = find_threshold(planner._record.histogram("r").finite, levels, method)
+    readers = planner._readers("r")
+    assert [reader.name for reader in readers] == ["second"]
+    threshold = find_threshold(planner.record.histogram("r").finite, levels, method, {}, readers)
     scale, zero = scale_and_zero(threshold.low, threshold.high, levels)
     assert (found.scales, found.zero_points) == ((scale,), (zero,))
     assert found.bounds == (threshold.low, threshold.high)
@@ -106,10 +112,48 @@ def test_an_activation_gets_the_threshold_of_its_histogram(
         threshold.expected_mse,
     )
     assert (found.bits, found.axis, found.method) == (bits, None, threshold.method)
-    fell_back = method == "kl" and bits == 16
+    fell_back = bits == 16 and method in SQUEEZING
+    if method == "auto":
+        (note,) = plan.notes
+        assert note.startswith("auto chose, by the layers that read the tensors: ")
+        assert threshold.note == "least expected error in second"
+        return
     assert threshold.method == ("max" if fell_back else method)
-    noted = ("kl needs more bins than levels: max is used for 16-bit layers",)
+    noted = (f"{method} needs more bins than levels: max is used for 16-bit layers",)
     assert plan.notes == (noted if fell_back else ())
+
+
+def test_auto_says_how_many_tensors_it_judged_alone(planner: Planner) -> None:
+    (note,) = plan_with(planner, saturation="auto").notes
+    # Only the two matmuls have weights to judge by; what the others read is judged by itself.
+    assert note.endswith("by the error in the tensor alone")
+
+
+def test_vendors_names_are_the_methods_they_stand_for(planner: Planner) -> None:
+    for name, method in (("ems", "mse"), ("null", "max"), ("MAX", "max"), ("KL", "kl")):
+        named = plan_with(planner, saturation=name)
+        plain = plan_with(planner, saturation=method)
+        assert named.notes == plain.notes == ()
+        for one, other in zip(named.layers, plain.layers, strict=True):
+            assert (one.activations, one.weights) == (other.activations, other.weights)
+
+
+def test_parameters_of_the_default_do_not_reach_a_method_that_a_rule_chose(tmp_path: Path) -> None:
+    frozen = frozen_from(small_model(), tmp_path / "model.onnx")
+    settings = PlanSettings(saturation_parameters={"percent": 99.0, "th_scale": 0.5})
+    planner = planner_for(frozen, samples_of("x", 6), tmp_path / "store", settings)
+    found = layer(plan_with(planner, saturation="max"), "first").activations[0].quantizer
+    histogram = planner._record.histogram("x")
+    assert found.bounds == (0.5 * histogram.minimum, 0.5 * histogram.maximum)
+    fixed = Planner(
+        planner.graph,
+        planner._record,
+        planner.taps,
+        PlanSettings(saturation_parameters={"threshold": 2.5}),
+    )
+    plan = plan_with(fixed)
+    found = layer(plan, "first").activations[0].quantizer
+    assert (found.bounds, found.method, plan.notes) == ((-2.5, 2.5), "fixed", ())
 
 
 @pytest.mark.parametrize(
@@ -119,6 +163,8 @@ def test_an_activation_gets_the_threshold_of_its_histogram(
         ("int8", "tensor", "mse", (8, None, "mse")),
         ("w4a8", "channel", "auto", (4, 1, "mse")),
         ("w8a16", "tensor", "auto", (8, None, "max")),
+        ("int8", "channel", "kl", (8, 1, "kl")),
+        ("w4a8", "channel", "ACIQ", (4, 1, "aciq")),
     ],
 )
 def test_a_weight_gets_the_range_of_its_values(
@@ -165,6 +211,31 @@ def test_what_stays_float_says_why(planner: Planner) -> None:
     }
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_masked_scores_may_be_quantized_for_a_softmax(symmetric: bool, tmp_path: Path) -> None:
+    """The emitted model gives what is masked no weight, and the others theirs."""
+    frozen = frozen_from(small_model(), tmp_path / "model.onnx")
+    source = samples_of("x", 6, n=40)
+    settings = PlanSettings(masked="quantize", symmetric=symmetric)
+    planner = planner_for(frozen, source, tmp_path / "store", settings)
+    plan = plan_with(planner)
+    # What a sum reads keeps its mask; only the Softmax knows what it means.
+    assert layer(plan, "masking").left_float.keys() == {"mask"}
+    (found,) = layer(plan, "softmax").activations
+    body = split_sentinels(planner._record.histogram("t").finite).body
+    bottom = found.quantizer.dequantize(np.array(found.quantizer.low))
+    assert bottom <= masked_floor(body) < body.minimum
+    artifact = emit_qdq(frozen, ANY_TARGET.project(plan), tmp_path / "int8.onnx")
+    feeds = {"x": np.stack([sample["x"] for sample in source.samples])}
+    (given,) = run(scoring_session(tmp_path / "model.onnx", EXECUTION), None, feeds)
+    (result,) = run(scoring_session(artifact.path, EXECUTION), None, feeds)
+    # The last layer doubles them.
+    assert result[:, 3].max() < 2e-6
+    assert np.abs(result - given).max() < 0.3
+    with pytest.raises(ValueError, match="masked"):
+        PlanSettings(masked="never")
+
+
 def test_the_compute_scope_leaves_pointwise_layers_float(tmp_path: Path) -> None:
     frozen = frozen_from(small_model(), tmp_path / "model.onnx")
     settings = PlanSettings(scope="compute")
@@ -173,7 +244,7 @@ def test_the_compute_scope_leaves_pointwise_layers_float(tmp_path: Path) -> None
     assert [entry.name for entry in plan.layers if entry.is_quantized] == ["first", "second"]
     assert {entry.name for entry in planner.choosable()} == {"first", "second"}
     with pytest.raises(ValueError, match="scope"):
-        Planner(planner.graph, planner._record, planner.taps, PlanSettings(scope="some"))
+        Planner(planner.graph, planner.record, planner.taps, PlanSettings(scope="some"))
 
 
 def test_a_tensor_that_was_not_measured_is_an_error(tmp_path: Path) -> None:
@@ -193,9 +264,9 @@ def test_one_plan_after_another_is_the_same(planner: Planner) -> None:
     first = plan_with(planner)
     plan_with(planner, precision="w4a16", saturation="max", granularity="tensor")
     assert plan_with(planner) == first
-    fresh = Planner(planner.graph, planner._record, planner.taps)
+    fresh = Planner(planner.graph, planner.record, planner.taps)
     assert plan_with(fresh).digest == first.digest
-    assert first.statistics_digest == planner._record.digest
+    assert first.statistics_digest == planner.record.digest
     assert first.model_digest == planner.graph.model.digest
 
 
@@ -280,7 +351,7 @@ def test_a_weight_without_values_stays_float(tmp_path: Path) -> None:
         assert layer(plan, name).left_float[tensor] == "holds no values"
 
 
-@pytest.mark.parametrize("kind", [np.float16, np.float64])
+@pytest.mark.parametrize("kind", [np.float64])
 def test_a_model_of_another_float_type_is_refused(kind: Any, tmp_path: Path) -> None:
     element = helper.np_dtype_to_tensor_dtype(np.dtype(kind))
     proto = model(

@@ -9,6 +9,7 @@ import pytest
 from qdist.errors import PlanError
 from qdist.model.layers import Layer
 from qdist.plan.choice import LayerChoice
+from qdist.plan.layer_index import LayerIndex
 from qdist.plan.rules import Rule, apply_rules
 
 LAYERS = tuple(
@@ -21,11 +22,12 @@ LAYERS = tuple(
         ("/odd[0]/MatMul", "MatMul"),
     )
 )
+INDEX = LayerIndex(LAYERS)
 DEFAULT = LayerChoice(precision="int8")
 
 
 def precisions(*rules: Rule) -> list[str]:
-    choices = apply_rules(LAYERS, DEFAULT, rules)
+    choices = apply_rules(INDEX, DEFAULT, rules).choices
     assert list(choices) == [layer.name for layer in LAYERS]
     return [choice.precision for choice in choices.values()]
 
@@ -65,13 +67,13 @@ def test_the_last_match_wins() -> None:
 
 def test_rules_add_up_field_by_field() -> None:
     choices = apply_rules(
-        LAYERS,
+        INDEX,
         DEFAULT,
         [
             Rule(match="op:MatMul", settings={"saturation": "max", "granularity": "tensor"}),
             Rule(match="/blocks.0/*", settings={"precision": "int16"}),
         ],
-    )
+    ).choices
     assert choices["/blocks.0/attn/MatMul"] == LayerChoice(
         precision="int16", saturation="max", granularity="tensor"
     )

@@ -299,7 +299,9 @@ class TestTables:
         same = printed(tables.plan_difference_table(a, a))
         assert same.strip() == f"0 of {len(a.layers)} layers differ"
         moved = replace(a, layers=tuple(_scaled(entry) for entry in a.layers))
-        assert "activations" in printed(tables.plan_difference_table(a, moved))
+        shown = printed(tables.plan_difference_table(a, moved))
+        assert "threshold" in shown
+        assert re.search(r"thresholds moved, by [\d.e-]+ % in the median", shown)
         fewer = QuantizationPlan(model_digest="0" * 64, statistics_digest="1" * 64, layers=())
         shown = printed(tables.plan_difference_table(a, fewer))
         assert "absent" in shown

@@ -130,13 +130,15 @@ def test_integer_weights_are_packed_as_onnx_unpacks_them() -> None:
     for shape in ((3, 5), (2, 4), (1,), (7, 1, 3)):
         n = int(np.prod(shape))
         integers = (np.arange(n, dtype=np.int32) % 15 - 7).reshape(shape)
-        tensor = TensorProto(data_type=TensorProto.INT4, dims=shape, raw_data=pack(integers, 4))
+        tensor = TensorProto(
+            data_type=TensorProto.INT4, dims=shape, raw_data=pack(integers, "int4")
+        )
         assert len(tensor.raw_data) == -(-n // 2)
         np.testing.assert_array_equal(numpy_helper.to_array(tensor).astype(np.int32), integers)
     for bits, dtype in ((8, "<i1"), (16, "<i2")):
         low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         integers = np.array([low, -1, 0, high], np.int32)
-        np.testing.assert_array_equal(np.frombuffer(pack(integers, bits), dtype), integers)
+        np.testing.assert_array_equal(np.frombuffer(pack(integers, f"int{bits}"), dtype), integers)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -163,7 +165,7 @@ def test_weights_quantized_in_pieces_are_the_same_bytes(
     tensor = numpy_helper.from_array(array, "w")
     weights = Weights([tensor], None)
     entry = IntegerWeight(name="i", source="w", quantizer=quantizer)
-    expected = pack(quantizer.quantize(array), bits)
+    expected = pack(quantizer.quantize(array), f"int{bits}")
     assert b"".join(entry.raw_blocks(weights)) == expected
     monkeypatch.setattr(pairs_module, "_BLOCK_ELEMENTS", 6)
     blocks = list(entry.raw_blocks(weights))

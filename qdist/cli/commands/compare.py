@@ -9,9 +9,12 @@ from qdist.cli.schema import CompareSettings
 from qdist.emit.qdq import emit_qdq
 from qdist.evaluate.compare import compare_layers
 from qdist.evaluate.dump import dump_comparison
+from qdist.evaluate.modes import compare_modes
 from qdist.files import write_json
 from qdist.plan.plan import load_plan
+from qdist.report.modes import modes_table
 from qdist.report.tables import layer_table
+from qdist.report.text import db_text
 
 
 def run(context: Context[CompareSettings]) -> None:
@@ -40,6 +43,22 @@ def run(context: Context[CompareSettings]) -> None:
         steps.save_config(context, context.config)
         context.console.print(layer_table(rows, settings.compare.limit))
         context.say(f"all {len(rows)} layers: {path}")
+        if settings.compare.target_exact:
+            with context.working("comparing with the chip's whole numbers"):
+                modes = compare_modes(
+                    frozen,
+                    projected,
+                    source,
+                    context.execution,
+                    batch=settings.compare.batch,
+                    n_samples=settings.compare.samples,
+                )
+            place = write_json(folder / "modes.json", modes.to_json())
+            context.console.print(modes_table(modes, settings.compare.limit))
+            context.notes(modes.notes)
+            for name, deviation in modes.outputs.items():
+                context.say(f"output {name}: {db_text(deviation.sqnr_db)} dB between the modes")
+            context.say(f"target-exact ({modes.reading}): {place}")
         if settings.compare.dump:
             name = settings.model.name
             dumps = folder / "dump"

@@ -22,7 +22,9 @@ def run(context: Context[EmitSettings]) -> None:
         params={"target": target.name, "plan": settings.plan}, model_digest=frozen.digest
     ) as tracked:
         with context.working("writing the quantized model"):
-            artifact = emit_qdq(frozen, projected, path, execution=context.execution)
+            artifact = emit_qdq(
+                frozen, projected, path, execution=context.execution, mode=settings.mode
+            )
         tracked.log_metrics({"artifact_bytes": artifact.n_bytes, "seconds": context.seconds})
         tracked.set_tags({"qdist.plan_digest": projected.plan.digest})
         tracked.log_artifact(artifact.path, best=True)
@@ -31,8 +33,15 @@ def run(context: Context[EmitSettings]) -> None:
     facts = (
         ("artifact", str(artifact.path)),
         ("size", f"{artifact.n_bytes / 1e6:.2f} MB"),
+        ("mode", artifact.mode),
         ("opset", str(artifact.opset)),
         ("plan", projected.plan.digest[:16]),
     )
     context.console.print(steps.facts_table(f"Artifact for {target.name}", facts))
-    context.notes([*projected.plan.notes, *steps.plan_notes(projected.plan)])
+    context.notes(
+        [
+            *projected.plan.notes,
+            *steps.plan_notes(projected.plan),
+            *steps.deployment(projected.plan, context.execution),
+        ]
+    )

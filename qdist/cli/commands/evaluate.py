@@ -12,11 +12,13 @@ from qdist.cli.commands import steps
 from qdist.cli.commands.scoring import make_scorer, note_overlap
 from qdist.cli.context import Context
 from qdist.cli.schema import EvaluateSettings
+from qdist.emit.qdq import MODE_KEY, MODES
 from qdist.errors import ArtifactError
 from qdist.evaluate.builtin import DatasetEvaluation
 from qdist.evaluate.report import EvalReport
 from qdist.files import write_json
 from qdist.model.loading import load_model, read_graph
+from qdist.simulate.nodes import is_rounding
 
 
 def run(context: Context[EvaluateSettings]) -> None:
@@ -55,7 +57,7 @@ def run(context: Context[EvaluateSettings]) -> None:
         tracked.log_params({"metric": after.metric})
         tracked.log_metrics({"score": after.score, "float_score": before.score, **after.metrics})
     context.console.print(_table(settings.model.name, before, after))
-    context.say(f"artifact-exact, run as it is written: {artifact}")
+    context.say(f"{_mode(artifact)}, run as it is written: {artifact}")
 
 
 def _table(name: str, before: EvalReport, after: EvalReport) -> Table:
@@ -73,6 +75,13 @@ def _table(name: str, before: EvalReport, after: EvalReport) -> Table:
     return table
 
 
+def _mode(path: Path) -> str:
+    """Which of the two modes a model computes."""
+    found = {entry.key: entry.value for entry in read_graph(path).metadata_props}
+    return found.get(MODE_KEY, MODES[0])
+
+
 def _is_quantized(path: Path) -> bool:
     nodes = read_graph(path).graph.node
-    return any(node.op_type in ("DequantizeLinear", "QLinearConv", "QGemm") for node in nodes)
+    known = ("DequantizeLinear", "QLinearConv", "QGemm")
+    return any(node.op_type in known or is_rounding(node) for node in nodes)

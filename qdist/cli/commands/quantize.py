@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from qdist.calibration.blockwise import block_records
 from qdist.cli import domain
 from qdist.cli.commands import steps
+from qdist.cli.commands.mixing import check_data, mix_of, mixed
 from qdist.cli.context import Context
 from qdist.cli.schema import QuantizeSettings
 from qdist.emit.qdq import emit_qdq, refuse_overwriting
+from qdist.errors import ArtifactError
+from qdist.files import write_text
+from qdist.model.freeze import FrozenModel
 from qdist.model.graph import Graph
+from qdist.plan.dialects.forms import TEMPLATES, unknown_form
+from qdist.plan.dialects.reading import Before
+from qdist.plan.layer_index import find_index
 from qdist.plan.planner import Planner
 from qdist.plan.target import Target
+from qdist.store.zarr_store import ZarrStore
 
 ARTIFACT = "model.onnx"
 PLAN = "plan.json"
@@ -22,21 +32,19 @@ def run(context: Context[QuantizeSettings]) -> None:
     # Refuse wrong settings before anything slow.
     target: Target = domain.target(settings.target)
     domain.default_choice(settings.quantization)
+    mix = mix_of(settings.quantization)
+    if mix is not None:
+        check_data(mix[0], settings.data)
+    if settings.template is not None:
+        _write_template(context, settings.template, target)
+        return
     folder = context.make_folder()
     frozen = context.frozen_model()
     refuse_overwriting(frozen, folder / ARTIFACT)
-    store, merge = steps.open_statistics(frozen, domain.location(settings.store.path))
-    record = merge.record
-    blocks = block_records(store, merge.name) if settings.quantization.average_blocks else ()
-    planner = Planner(
-        Graph(frozen, context.execution),
-        record,
-        merge.taps,
-        domain.plan_settings(settings.quantization),
-        blocks,
-    )
-    choices, why = steps.make_choices(planner, settings.quantization)
-    projected = target.project(planner.plan(choices, why))
+    planner, store = _planner(context, frozen)
+    record = planner.record
+    chosen = _chosen(context, planner, target)
+    projected = target.project(chosen.planner.plan(chosen.choices, chosen.why, chosen.notes))
     steps.check_opset(projected.plan, store)
     with context.tracked(
         params={
@@ -78,5 +86,82 @@ def run(context: Context[QuantizeSettings]) -> None:
             *steps.random_notes(store),
             *projected.plan.notes,
             *steps.plan_notes(projected.plan),
+            *steps.deployment(projected.plan, context.execution),
         ]
     )
+
+
+def _planner(context: Context[QuantizeSettings], frozen: FrozenModel) -> tuple[Planner, ZarrStore]:
+    """A planner on the stored statistics, and the store."""
+    settings = context.settings
+    store, merge = steps.open_statistics(frozen, domain.location(settings.store.path))
+    blocks = block_records(store, merge.name) if settings.quantization.average_blocks else ()
+    planner = Planner(
+        Graph(frozen, context.execution),
+        merge.record,
+        merge.taps,
+        domain.plan_settings(settings.quantization),
+        blocks,
+    )
+    return planner, store
+
+
+def _chosen(context: Context[QuantizeSettings], planner: Planner, target: Target) -> steps.Chosen:
+    """What rules, files and pickers choose."""
+    settings = context.settings
+    chosen = steps.make_choices(planner, settings.quantization)
+    mix = mix_of(settings.quantization)
+    source = None
+    if mix is not None and mix[0].runs_model and settings.data is not None:
+        source = domain.calibration_source(settings.data)
+    return mixed(context, chosen, settings.quantization, target, source)
+
+
+def _write_template(context: Context[QuantizeSettings], name: str, target: Target) -> None:
+    """A vendor's file of rules that says what every layer has, to be edited; needs no statistics.
+
+    Raises QD507 for choices that the file has no word for, QD508 for an unknown form.
+    """
+    if name not in TEMPLATES:
+        raise unknown_form(name, "template", tuple(TEMPLATES))
+    form = TEMPLATES[name]
+    settings = context.settings
+    folder = context.make_folder()
+    frozen = context.frozen_model()
+    if settings.quantization.mix is None and form.template is not None:
+        # Choices alone need no statistics.
+        index = find_index(Graph(frozen, context.execution), settings.quantization.scope)
+        assignment, _, notes = steps.apply_all_rules(index, settings.quantization)
+        text = form.template(Before(index=index, choices=assignment.choices))
+    else:
+        planner, _ = _planner(context, frozen)
+        chosen = _chosen(context, planner, target)
+        notes = list(chosen.notes)
+        if form.template is not None:
+            text = form.template(Before(index=planner.index, choices=chosen.choices))
+        elif form.plan_template is not None:
+            text = form.plan_template(chosen.planner.plan(chosen.choices, chosen.why))
+        else:
+            raise unknown_form(name, "template", tuple(TEMPLATES))
+    path = _keep_edits(folder / f"{settings.model.name}{form.suffix}", text)
+    facts = (
+        ("form", name),
+        ("template", str(path)),
+    )
+    context.console.print(steps.facts_table(f"Template for {settings.model.name}", facts))
+    context.notes(notes)
+    # What is to be copied stands below the table, where nothing wraps it.
+    context.say(f"when edited: qdist quantize ... quantization.rules_file={path}")
+
+
+def _keep_edits(path: Path, text: str) -> Path:
+    """Write a template. Raises QD603 over a file of other content, which may have been edited."""
+    if path.exists() and path.read_bytes() != text.encode():
+        raise ArtifactError(
+            "QD603",
+            where=str(path),
+            got="a file of other content, perhaps an edited template",
+            expected="no such file",
+            mend="move it, or choose another place with output.folder=PATH",
+        )
+    return write_text(path, text)

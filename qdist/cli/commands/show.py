@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from qdist.cli.commands import show_thresholds
 from qdist.errors import ConfigError
 from qdist.model.freeze import freeze
 from qdist.model.graph import Graph
@@ -25,13 +26,17 @@ from qdist.store.zarr_store import open_store
 
 def run(words: list[str], console: Console) -> None:
     """Print what the paths hold. Raises QD104 to QD106 for words that are no paths."""
+    if words[:1] == ["thresholds"]:
+        left, rows = _rows(words[1:])
+        show_thresholds.run(left, console, rows)
+        return
     given, rows = _parse(words)
     if is_url(given[0]):
         _show_store(given[0], console, rows)
         return
     paths = [Path(word).expanduser().absolute() for word in given]
     if len(paths) == 2:
-        console.print(plan_difference_table(load_plan(paths[0]), load_plan(paths[1])))
+        console.print(plan_difference_table(load_plan(paths[0]), load_plan(paths[1]), rows))
         return
     path = paths[0]
     if path.is_dir():
@@ -85,9 +90,10 @@ def _show_store(location: str, console: Console, rows: int | None) -> None:
         )
 
 
-def _parse(words: list[str]) -> tuple[list[str], int | None]:
+def _rows(words: list[str]) -> tuple[list[str], int | None]:
+    """The other words, and the number of rows to print."""
     rows: int | None = 40
-    left = [word for word in words if word not in ("store", "plan", "artifact", "model")]
+    left = list(words)
     if "--rows" in left:
         i = left.index("--rows")
         value = left[i + 1] if i + 1 < len(left) else ""
@@ -101,6 +107,12 @@ def _parse(words: list[str]) -> tuple[list[str], int | None]:
             )
         rows = int(value) or None
         del left[i : i + 2]
+    return left, rows
+
+
+def _parse(words: list[str]) -> tuple[list[str], int | None]:
+    left, rows = _rows(words)
+    left = [word for word in left if word not in ("store", "plan", "artifact", "model")]
     if not 1 <= len(left) <= 2:
         raise ConfigError(
             "QD105",

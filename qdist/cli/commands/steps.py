@@ -21,16 +21,21 @@ from qdist.cli.selecting import selected
 from qdist.data.manifest import SampleManifest
 from qdist.data.random_source import RANDOM_WARNING
 from qdist.data.source import DataSource
+from qdist.emit.deployment import deployment_notes
 from qdist.errors import ModelError, StoreError
 from qdist.files import write_json
 from qdist.model.difference import frozen_difference, opset_difference
 from qdist.model.freeze import FrozenModel
 from qdist.model.graph import Graph
+from qdist.model.session import Execution, fingerprint
 from qdist.model.taps import find_taps
 from qdist.plan.choice import LayerChoice
+from qdist.plan.dialects.forms import read_file
+from qdist.plan.dialects.reading import Before
+from qdist.plan.layer_index import LayerIndex
 from qdist.plan.plan import QuantizationPlan
 from qdist.plan.planner import Planner
-from qdist.plan.rules import apply_rules
+from qdist.plan.rules import Assignment, Rule, apply_rules
 from qdist.report.text import size_text
 from qdist.store.identity import Identity
 from qdist.store.protocol import FinishedMerge
@@ -270,20 +275,44 @@ def random_notes(store: ZarrStore) -> list[str]:
     return []
 
 
-def make_choices(
-    planner: Planner, config: schema.QuantizationConfig
-) -> tuple[dict[str, LayerChoice], dict[str, str]]:
-    """The choice of every layer, and where it comes from. Raises QD503."""
-    rules = domain.rules(config)
-    choices = apply_rules(planner.layers, domain.default_choice(config), rules)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """A planner that knows what rules say about tensors; the choice of every layer, and where it
+    comes from; and what the user should know about files of rules."""
+
+    planner: Planner
+    choices: dict[str, LayerChoice]
+    why: dict[str, str]
+    notes: tuple[str, ...]
+
+
+def make_choices(planner: Planner, config: schema.QuantizationConfig) -> Chosen:
+    """What the configuration and vendors' files choose. Raises QD503 and QD506 to QD509."""
+    assignment, rules, notes = apply_all_rules(planner.index, config)
     planner.check_rules(rules)
-    why = {
-        layer.name: f"rule {rule.match}"
-        for rule in rules
-        for layer in planner.layers
-        if rule.matches(layer)
-    }
-    return choices, why
+    planner = planner.with_rules(assignment.tensors, assignment.why)
+    return Chosen(
+        planner=planner, choices=assignment.choices, why=assignment.why, notes=tuple(notes)
+    )
+
+
+def apply_all_rules(
+    index: LayerIndex, config: schema.QuantizationConfig
+) -> tuple[Assignment, list[Rule], list[str]]:
+    """What rules come to, all of them in order, and notes: vendors' files first, so that rules of
+    the configuration go before them."""
+    default = domain.default_choice(config)
+    rules: list[Rule] = []
+    notes: list[str] = []
+    for path in domain.rules_files(config):
+        before = Before(index=index, choices=apply_rules(index, default, rules).choices)
+        found = read_file(path, config.rules_form, before)
+        rules += found.rules
+        notes += found.notes
+        if not found.rules:
+            notes.append(f"{path.name} says of every layer what holds anyway")
+    rules += domain.rules(config)
+    return apply_rules(index, default, rules), rules, notes
 
 
 def plan_notes(plan: QuantizationPlan) -> list[str]:
@@ -299,6 +328,12 @@ def plan_notes(plan: QuantizationPlan) -> list[str]:
         f"({reason}): {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
         for reason, names in reasons.items()
     ]
+
+
+def deployment(plan: QuantizationPlan, execution: Execution) -> list[str]:
+    """Where ONNX Runtime's defaults on this processor would not compute what is scored."""
+    found = fingerprint(execution)
+    return deployment_notes(plan, str(found["machine"]), list(found["cpu_flags"]))
 
 
 def facts_table(title: str, facts: Iterable[tuple[str, str]]) -> Table:

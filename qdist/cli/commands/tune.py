@@ -8,6 +8,7 @@ from typing import Any
 
 from qdist.cli import domain
 from qdist.cli.commands import steps
+from qdist.cli.commands.mixing import mix_of, mixed
 from qdist.cli.commands.scoring import make_scorer, note_overlap
 from qdist.cli.context import Context
 from qdist.cli.progress import bar
@@ -55,6 +56,7 @@ def run(context: Context[TuneSettings]) -> None:
     evaluation = domain.evaluation(settings.evaluation, settings.data)
     domain.default_choice(settings.quantization)
     domain.greedy(settings.search)
+    mix_of(settings.quantization)
     _check_precisions(settings, target)
     context.make_folder()
     frozen = context.frozen_model()
@@ -71,10 +73,15 @@ def run(context: Context[TuneSettings]) -> None:
         planner = Planner(
             graph, merged.record, job.taps, domain.plan_settings(settings.quantization)
         )
+        chosen = steps.make_choices(planner, settings.quantization)
+        planner = chosen.planner
+        pinned = set(chosen.why)
+        chosen = mixed(context, chosen, settings.quantization, target, done.source)
+        context.notes(chosen.notes)
         note_overlap(context, evaluation, run_)
         with make_scorer(context, evaluation, frozen.source) as scorer:
             before = _float_score(context, scorer)
-            trials = _search(context, frozen, planner, target, scorer, run_, done)
+            trials = _search(context, frozen, chosen, pinned, target, scorer, run_, done)
         best = _keep_best(context, frozen, planner, target, trials)
         _report(context, frozen, before, best, trials, merged.notes, run_)
 
@@ -103,7 +110,8 @@ def _float_score(context: Context[TuneSettings], scorer: Scorer) -> EvalReport:
 def _search(
     context: Context[TuneSettings],
     frozen: FrozenModel,
-    planner: Planner,
+    chosen: steps.Chosen,
+    pinned: set[str],
     target: Target,
     scorer: Scorer,
     parent: Run,
@@ -112,10 +120,10 @@ def _search(
     from actors.tune import TrialSetup, tune
 
     settings = context.settings
-    choices, why = steps.make_choices(planner, settings.quantization)
+    planner, choices = chosen.planner, chosen.choices
     source = calibrated.source
     with context.working("measuring how sensitive each layer is"):
-        errors = _sensitivities(context, frozen, planner, target, source, choices, set(why))
+        errors = _sensitivities(context, frozen, planner, target, source, choices, pinned)
     strategy = make_strategy(
         settings.search.strategy,
         choices,

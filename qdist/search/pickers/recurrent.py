@@ -1,0 +1,20 @@
+"""Icraft's ``lstm_strategy``: recurrent layers are raised whatever they look like."""
+
+from __future__ import annotations
+
+from qdist.plan.dialects.knight_rules import RECURRENT
+from qdist.plan.layer_index import LayerIndex
+from qdist.search.pickers.picking import Picked, PickSettings
+
+
+def lstm(index: LayerIndex, settings: PickSettings) -> Picked:
+    """LSTM, GRU, RNN and their like. Those that are left out of the plan stay float anyway."""
+    found = [layer for layer in index.layers if layer.op_type in RECURRENT]
+    raised = [layer.name for layer in found if index.is_choosable(layer)]
+    n_float = len(found) - len(raised)
+    notes = (f"{n_float} recurrent layers stay float anyway",) if n_float else ()
+    return Picked(
+        raised=frozenset(raised),
+        why={name: f"a {index.by_name[name].op_type}" for name in raised},
+        notes=notes,
+    )
