@@ -18,16 +18,14 @@ from qdist.plan.selector import is_of_tensors, nearby, select_layers, select_ten
 from qdist.plan.tensor_settings import TensorSettings
 
 WEIGHT_RANGE_BITS = "weight_range_bits"
-_CHOICE_FIELDS = tuple(entry.name for entry in fields(LayerChoice))
-LAYER_SETTINGS = tuple(dict.fromkeys((*_CHOICE_FIELDS, WEIGHT_RANGE_BITS)))
+LAYER_SETTINGS = tuple(entry.name for entry in fields(LayerChoice))
 TENSOR_SETTINGS = tuple(entry.name for entry in fields(TensorSettings) if entry.name != "why")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """Settings for what ``match`` takes. ``settings`` are fields of `LayerChoice` (and
-    ``weight_range_bits``) for layers, of `TensorSettings` for tensors. ``origin``: file and line,
-    or empty for the configuration."""
+    """Settings for what ``match`` takes. ``settings`` are fields of `LayerChoice` for layers, of
+    `TensorSettings` for tensors. ``origin``: file and line, or empty for the configuration."""
 
     match: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -107,22 +105,10 @@ def _set_layers(found: Assignment, rule: Rule, index: LayerIndex) -> None:
 
 
 def _changed(choice: LayerChoice, rule: Rule) -> LayerChoice:
-    settings = dict(rule.settings)
-    has_field = WEIGHT_RANGE_BITS in _CHOICE_FIELDS
-    range_bits = None if has_field else settings.pop(WEIGHT_RANGE_BITS, None)
     try:
-        changed = replace(choice, **settings)
+        changed = replace(choice, **rule.settings)
     except PlanError as error:
         raise _placed(error, rule) from error
-    storage = changed.bits.weight_bits
-    if range_bits is not None and storage is not None and range_bits != storage:
-        raise PlanError(
-            "QD507",
-            where=rule.place,
-            got=f"weights in {range_bits} of {storage} bits",
-            expected=f"{storage}: this version plans for the whole range of the storage",
-            mend=f"write {storage}",
-        )
     if choice.weight_saturation == "auto" and changed.weight_saturation == changed.weight_method:
         # What auto comes to anyway is no choice of its own.
         auto = replace(changed, weight_saturation="auto")
