@@ -45,8 +45,7 @@ class RangeRule:
     ) -> RangeRule:
         """What a layer's choice and the settings of the tensor (which go first) come to.
 
-        Raises QD507 for what this version cannot do: a threshold per channel, fewer levels than
-        the storage has.
+        Raises QD507 for what a plan has no place for: a threshold per channel, blocks.
         """
         if settings is None:
             return cls(
@@ -172,7 +171,7 @@ def _is_known(granularity: str | None, is_weight: bool) -> bool:
 def _refuse_unknown(
     settings: TensorSettings, where: str, bits: int, *, is_weight: bool = False
 ) -> None:
-    """Raise QD507 for what plans of this version have no place for."""
+    """Raise QD507 for what a plan has no place for."""
     got = ""
     if is_weight and settings.range_bits is not None and settings.range_bits < bits:
         got = f"{settings.range_bits} of {bits} bits of one weight (value_range)"

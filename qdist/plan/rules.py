@@ -17,15 +17,15 @@ from qdist.plan.layer_index import LayerIndex
 from qdist.plan.selector import is_of_tensors, nearby, select_layers, select_tensors
 from qdist.plan.tensor_settings import TensorSettings
 
-WEIGHT_RANGE_BITS = "weight_range_bits"
 LAYER_SETTINGS = tuple(entry.name for entry in fields(LayerChoice))
 TENSOR_SETTINGS = tuple(entry.name for entry in fields(TensorSettings) if entry.name != "why")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """Settings for what ``match`` takes. ``settings`` are fields of `LayerChoice` for layers, of
-    `TensorSettings` for tensors. ``origin``: file and line, or empty for the configuration."""
+    """Settings for what ``match`` takes. ``settings`` are fields of `LayerChoice` for
+    layers, of `TensorSettings` for tensors. ``origin``: file and line, or empty for the
+    configuration."""
 
     match: str
     settings: Mapping[str, Any] = field(default_factory=dict)

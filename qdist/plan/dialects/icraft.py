@@ -28,7 +28,7 @@ from qdist.plan.dialects.reading import (
 from qdist.plan.dtype_name import DtypeName, dtype_name
 from qdist.plan.layer_index import LayerIndex
 from qdist.plan.precision import PRECISIONS
-from qdist.plan.rules import WEIGHT_RANGE_BITS, Rule
+from qdist.plan.rules import Rule
 from qdist.threshold import registry as threshold_registry
 
 LAYOUTS: dict[str, tuple[str, ...]] = {
@@ -357,7 +357,7 @@ def _rules(row: MixRow, operator: Operator, before: Before, where: str) -> list[
         if row.per is not None and index.by_name[operator.layer].weights:
             settings["granularity"] = row.per[0]
         if row.bits is not None:
-            settings[WEIGHT_RANGE_BITS] = _bits(row.bits[0], dtype, where)
+            settings["weight_range_bits"] = _bits(row.bits[0], dtype, where)
     return [
         *before.layer_rule(operator.layer, settings, where),
         *before.output_rule(operator.layer, output, where, _KLD),
