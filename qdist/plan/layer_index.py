@@ -10,7 +10,8 @@ from qdist.model.blocks import find_blocks
 from qdist.model.graph import Graph
 from qdist.model.layers import Layer, data_inputs, find_layers
 from qdist.plan.fusion import find_fusions
-from qdist.plan.scope import left_out
+from qdist.plan.precision import precision
+from qdist.plan.scope import NO_INTEGER_FORM, left_out
 
 
 class LayerIndex:
@@ -49,6 +50,13 @@ class LayerIndex:
         return tuple(
             frozenset(n for n in self.by_name if self.adjacency.host(n) in block) for block in hosts
         )
+
+    def can_have(self, layer: Layer, name: str) -> bool:
+        """Whether a precision means something to the layer: any to those with a choice, and a
+        floating-point type to those that have no integer form."""
+        reason = self.left_out.get(layer.name, "")
+        rounds = reason.endswith(NO_INTEGER_FORM) and layer.name not in self.fused
+        return self.is_choosable(layer) or (rounds and precision(name).rounds is not None)
 
     def is_choosable(self, layer: Layer) -> bool:
         """Whether a choice for the layer changes anything: in scope, and not fused."""

@@ -17,8 +17,9 @@ from qdist.plan.granularity import ACTIVATION_FORMS, ACTIVATION_KINDS, parse_gra
 from qdist.plan.quantizer import Quantizer
 from qdist.plan.tensor_settings import TensorSettings
 from qdist.stats.histogram import Density
+from qdist.threshold.adjust import fixed_threshold, scale_threshold
 from qdist.threshold.clip import Levels, Threshold, scale_and_zero
-from qdist.threshold.error import expected_mse
+from qdist.threshold.error import measured
 
 FIXED = "fixed"
 """Name of the method where a rule gives the range."""
@@ -64,7 +65,12 @@ class RangeRule:
             threshold=threshold,
             bounds=settings.bounds,
             most_bits=settings.most_bits,
-            range_bits=_fewest(settings.range_bits, choice.activation_range_bits, bits),
+            range_bits=_fewest(
+                settings.range_bits,
+                choice.activation_range_bits,
+                # A tensor carried in fewer bits has no more levels than these hold.
+                min(bits, settings.most_bits or bits),
+            ),
             granularity=settings.granularity or choice.activation_granularity,
         )
 
@@ -76,19 +82,14 @@ class RangeRule:
     def fixed(self, density: Density, levels: Levels) -> Threshold:
         """The given range. A threshold bounds only the sides that have values."""
         if self.bounds is not None:
-            low, high = self.bounds
-        else:
-            bound = self.threshold or 0.0
-            low = -bound if density.minimum < 0 else 0.0
-            high = bound if density.maximum > 0 or low == 0.0 else 0.0
-        return _threshold(low, high, FIXED, density, levels)
+            return measured(density, *self.bounds, levels, method=FIXED)
+        return fixed_threshold(self.threshold or 0.0, density, levels)
 
     def scaled(self, found: Threshold, density: Density, levels: Levels) -> Threshold:
         """The range that was found, times ``th_scale``. A given one stays."""
         if self.th_scale == 1.0 or self.is_fixed:
             return found
-        low, high = found.low * self.th_scale, found.high * self.th_scale
-        return _threshold(low, high, found.method, density, levels)
+        return scale_threshold(found, self.th_scale, density, levels)
 
     def without_statistics(self, levels: Levels) -> Threshold:
         """The given bounds of a tensor that was not measured: what they cost is not known (NaN)."""
@@ -157,16 +158,6 @@ def _fewest(*bits: int | None) -> int | None:
     """The least of these that is fewer than the last, the storage; None where all are in use."""
     least = min(n for n in bits if n is not None)
     return None if least == bits[-1] else least
-
-
-def _threshold(low: float, high: float, method: str, density: Density, levels: Levels) -> Threshold:
-    return Threshold(
-        low=low,
-        high=high,
-        method=method,
-        clipped_share=density.share_outside(low, high),
-        expected_mse=expected_mse(density, low, high, levels),
-    )
 
 
 def _is_known(granularity: str | None, is_weight: bool) -> bool:

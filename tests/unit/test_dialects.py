@@ -14,6 +14,8 @@ from qdist.plan.dialects.forms import FORMS, TEMPLATES, form_of, read_file
 from qdist.plan.dialects.reading import Before
 from qdist.plan.layer_index import LayerIndex
 from qdist.plan.rules import Assignment, Rule, apply_rules
+from qdist.plan.scope import NO_INTEGER_FORM
+from tests.unit.test_selectors import plain_layer
 from tests.vendor_models import GOLDEN, before, block_index
 
 INT8 = LayerChoice()
@@ -369,6 +371,45 @@ def test_a_type_that_plans_lack_is_refused_at_its_line(index: LayerIndex) -> Non
         apply_rules(index, given.choices, found.rules)
     assert caught.value.code == "QD506"
     assert caught.value.where == "rule 'layer:stem' (f.csv line 2)"
+
+
+def test_icraft_rows_reach_types_levels_and_granularities(index: LayerIndex) -> None:
+    given = before(index)
+    text = """op_id,op_type,dtype,value_range_in_bits,saturation,per
+1,conv,int8,6;7,ems;ems,group=2;tensor
+2,relu,int8,8;7,ems;ems,tensor;tensor
+3,conv,bf16,14;14,null;null,tensor;tensor
+8,sigmoid,int8,8;8,null;null,tensor;channel
+"""
+    found = icraft.read(text, "f.csv", given)
+    assignment = apply_rules(index, given.choices, found.rules)
+    assert changed(given, assignment) == {
+        "stem": LayerChoice(granularity="group=2", weight_saturation="mse", weight_range_bits=6),
+        "block/conv1": LayerChoice(precision="bf16"),
+    }
+    tensors = assignment.tensors
+    assert tensors["r0"].range_bits == 7
+    assert (tensors["b"].granularity, tensors["b"].saturation) == ("channel", "max")
+    again = Before(index=index, choices=assignment.choices)
+    template = icraft.template(again)
+    assert "1,Conv,int8,6;8,ems;" in template
+    assert icraft.read(template, "f.csv", again).rules == ()
+    plain = icraft.read(icraft.template(given), "f.csv", again)
+    # Nothing is left of it but that the file names the method of the weights.
+    expected = {**given.choices, "stem": LayerChoice(weight_saturation="max")}
+    assert apply_rules(index, again.choices, plain.rules).choices == expected
+
+
+def test_a_layer_without_an_integer_form_can_be_rounded(tmp_path: Path) -> None:
+    layers = (plain_layer("a", "Conv", "x"), plain_layer("exp", "Exp", "a.out"))
+    index = LayerIndex(layers, left_out={"exp": f"Exp {NO_INTEGER_FORM}"})
+    given = before(index)
+    found = icraft.read(f"{HEAD}2,Exp,fp16,,,,\n", "f.csv", given)
+    assignment = apply_rules(index, given.choices, found.rules)
+    assert changed(given, assignment) == {"exp": LayerChoice(precision="fp16")}
+    found = icraft.read(f"{HEAD}2,Exp,int8,,,,\n", "f.csv", given)
+    assert found.rules == ()
+    assert "the dtype of 1 rows means nothing" in found.notes[0]
 
 
 # --- Knight's neighbours ----------------------------------------------------------------------

@@ -123,6 +123,10 @@ def test_recurrent_layers_are_raised_where_they_have_a_choice() -> None:
     assert found.raised == {"a"}
     assert found.why == {"a": "a LSTM"}
     assert found.notes == ("1 recurrent layers stay float anyway",)
+    found = lstm(
+        LayerIndex(layers, left_out={"b": "GRU has no integer form"}), replace(HIGH, high="fp16")
+    )
+    assert found.raised == {"a", "b"}
 
 
 def test_cosines_below_the_threshold_or_the_worst_share() -> None:

@@ -172,6 +172,11 @@ def test_a_tensor_may_use_fewer_bits_and_have_several_scales(planner: Planner) -
     assert (found.bits, found.high) == (8, 63)
     assert found.axis is not None
     assert len(set(found.scales)) == 2
+    wide = LayerChoice(precision="int16", activation_range_bits=12)
+    plan = planned(planner, rule("output:cat", most_bits=8), choice=wide)
+    narrow = read_by(plan, "norm").quantizer
+    assert (narrow.bits, narrow.high) == (8, 127)
+    assert read_by(plan, "head").quantizer.high == 2047
     with pytest.raises(PlanError, match=r"QD507.*7 of 8 bits of one weight"):
         planned(planner, rule("tensor:w0", range_bits=7))
 

@@ -67,7 +67,12 @@ def mixed(
     if found is None or config.mix is None:
         return chosen
     mix, settings = found
-    free = [x.name for x in chosen.planner.choosable() if x.name not in chosen.why]
+    index = chosen.planner.index
+    free = [
+        layer.name
+        for layer in index.layers
+        if layer.name not in chosen.why and index.can_have(layer, settings.high)
+    ]
     low = chosen.planner.plan(chosen.choices, chosen.why)
     low = replace(low, layers=tuple(layer for layer in low.layers if layer.name in free))
     picks = []

@@ -27,6 +27,7 @@ from qdist.plan.dialects.reading import (
 )
 from qdist.plan.dtype_name import DtypeName, dtype_name
 from qdist.plan.layer_index import LayerIndex
+from qdist.plan.precision import PRECISIONS
 from qdist.plan.rules import Rule
 from qdist.threshold import registry as threshold_registry
 
@@ -318,8 +319,15 @@ def _idle(dtypes: Mapping[str, DtypeName], index: LayerIndex) -> list[str]:
         name
         for name, dtype in dtypes.items()
         if (name in index.fused and dtype is not dtypes.get(index.fused[name], dtype))
-        or (name in index.left_out and name not in index.fused and dtype is not DtypeName.FP32)
+        or (name in index.left_out and name not in index.fused and not _is_kept(name, dtype, index))
     ]
+
+
+def _is_kept(name: str, dtype: DtypeName, index: LayerIndex) -> bool:
+    """Whether a layer that the scope leaves out can have a row of this type."""
+    if dtype.precision not in PRECISIONS:
+        return False
+    return dtype is DtypeName.FP32 or index.can_have(index.by_name[name], dtype.precision)
 
 
 def _rules(row: MixRow, operator: Operator, before: Before, where: str) -> list[Rule]:
@@ -327,7 +335,7 @@ def _rules(row: MixRow, operator: Operator, before: Before, where: str) -> list[
     default = next(iter(before.choices.values()), None)
     if default is not None and default.precision in _FLOAT_QDTYPES and dtype is DtypeName.INT8:
         raise refuse(where, "int8", f"a float type, as quantization.precision={default.precision}")
-    output = _output_settings(row, dtype)
+    output = _output_settings(row, dtype, where)
     if operator.layer is None:
         graph = before.index.graph
         if operator.op_type != "Input" or graph is None:
@@ -335,7 +343,11 @@ def _rules(row: MixRow, operator: Operator, before: Before, where: str) -> list[
         found = (before.input_rule(name, output, where, _KLD) for name in graph.input_names)
         return [rule for rules in found for rule in rules]
     index = before.index
-    if not index.is_choosable(index.by_name[operator.layer]):
+    name = operator.layer
+    if not index.is_choosable(index.by_name[name]):
+        if dtype is not DtypeName.FP32 and name in index.left_out and _is_kept(name, dtype, index):
+            # A floating-point type rounds every result, whatever the operator.
+            return before.layer_rule(name, {"precision": dtype.precision}, where)
         # What it gives is the feature map that a layer after it reads.
         return before.output_rule(operator.layer, output, where, _KLD)
     settings: dict[str, object] = {"precision": dtype.precision}
@@ -344,25 +356,27 @@ def _rules(row: MixRow, operator: Operator, before: Before, where: str) -> list[
             settings["weight_saturation"] = METHODS[row.saturation[0]]
         if row.per is not None and index.by_name[operator.layer].weights:
             settings["granularity"] = row.per[0]
-    if row.bits is not None and row.bits[0] != dtype.bits:
-        settings["weight_range_bits"] = _bits(row.bits[0], dtype, where)
+        if row.bits is not None:
+            settings["weight_range_bits"] = _bits(row.bits[0], dtype, where)
     return [
         *before.layer_rule(operator.layer, settings, where),
         *before.output_rule(operator.layer, output, where, _KLD),
     ]
 
 
-def _bits(bits: int, dtype: DtypeName, where: str) -> int:
+def _bits(bits: int, dtype: DtypeName, where: str) -> int | None:
+    """Bits in use; None for all that the type has."""
     if bits > dtype.bits:
         raise refuse(where, f"{bits} bits of range", f"at most {dtype.bits}, as {dtype} has")
-    return bits
+    return None if bits == dtype.bits else bits
 
 
-def _output_settings(row: MixRow, dtype: DtypeName) -> dict[str, object]:
+def _output_settings(row: MixRow, dtype: DtypeName, where: str) -> dict[str, object]:
     found: dict[str, object] = {}
-    if row.bits is not None and row.bits[1] != dtype.bits:
-        found["range_bits"] = _bits(row.bits[1], dtype, f"op_id {row.op_id}")
     if dtype.is_integer:
+        bits = None if row.bits is None else _bits(row.bits[1], dtype, where)
+        if bits is not None:
+            found["range_bits"] = bits
         if row.saturation is not None:
             found["saturation"] = METHODS[row.saturation[1]]
         if row.per is not None and row.per[1] != "tensor":
@@ -373,6 +387,7 @@ def _output_settings(row: MixRow, dtype: DtypeName) -> dict[str, object]:
 def _template_row(op_id: int, operator: Operator, before: Before) -> MixRow:
     index = before.index
     dtype, weight_method, granularity = DtypeName.FP32, "max", "tensor"
+    used: int | None = None
     children: Iterable[str] = ()
     if operator.layer is not None:
         host = index.adjacency.host(operator.layer)
@@ -381,6 +396,7 @@ def _template_row(op_id: int, operator: Operator, before: Before) -> MixRow:
             choice = before.choices[host]
             dtype = _dtype(choice.precision, host)
             weight_method = choice.weight_method
+            used = choice.weight_range_bits if dtype.is_integer else None
             granularity = choice.granularity if index.by_name[operator.layer].weights else "tensor"
     elif operator.source is not None and operator.source not in index.left_out:
         dtype = _dtype(before.choices[operator.source].precision, operator.source)
@@ -399,7 +415,7 @@ def _template_row(op_id: int, operator: Operator, before: Before) -> MixRow:
         op_id=op_id,
         op_type=operator.op_type,
         dtype=dtype.value,
-        bits=(dtype.bits, dtype.bits),
+        bits=(used or dtype.bits, dtype.bits),
         saturation=(_ICRAFT_METHODS[weight_method], _ICRAFT_METHODS[method]),
         per=(granularity, "tensor"),
         extra={},

@@ -8,9 +8,10 @@ from qdist.search.pickers.picking import Picked, PickSettings
 
 
 def lstm(index: LayerIndex, settings: PickSettings) -> Picked:
-    """LSTM, GRU, RNN and their like. Those that are left out of the plan stay float anyway."""
+    """LSTM, GRU, RNN and their like. Those without an integer form can be raised to a type of
+    floating-point numbers, and stay float32 where ``high`` is an integer."""
     found = [layer for layer in index.layers if layer.op_type in RECURRENT]
-    raised = [layer.name for layer in found if index.is_choosable(layer)]
+    raised = [layer.name for layer in found if index.can_have(layer, settings.high)]
     n_float = len(found) - len(raised)
     notes = (f"{n_float} recurrent layers stay float anyway",) if n_float else ()
     return Picked(
