@@ -64,11 +64,14 @@ class Subject:
         self.frozen: FrozenModel = freeze(load_model(case.model), EXECUTION)
         self.graph = Graph(self.frozen, EXECUTION)
 
-    def job(self, taps: str, budget_bytes: int | None = None) -> CalibrationJob:
+    def job(self, taps: str, budget_bytes: int | None = None, n_workers: int = 1) -> CalibrationJob:
         """Everything that is fixed before the first sample runs; the settings are the defaults,
-        but for a memory budget."""
+        but for a memory budget. ``n_workers``: by how many the shards are to be shared."""
         settings = CalibrationSettings(
-            micro_batch=self.case.micro_batch, taps=taps, memory_budget_bytes=budget_bytes
+            micro_batch=self.case.micro_batch,
+            taps=taps,
+            memory_budget_bytes=budget_bytes,
+            n_workers=n_workers,
         )
         return prepare(self.frozen, self.source, settings, EXECUTION, graph=self.graph)
 

@@ -76,7 +76,7 @@ def float_runs(arguments: Mapping[str, Any]) -> None:
 def shards(arguments: Mapping[str, Any]) -> None:
     """Every second shard into the store whose place comes in, each time that one comes in."""
     subject = Subject(Case.from_json(arguments["case"]), arguments["n_samples"])
-    job = subject.job("all")
+    job = subject.job("all", n_workers=arguments["n_turns"])
     observer = new_observer(job)
     warm = Path(arguments["folder"]) / f"warm-{arguments['turn']}.zarr"
     mine = shards_of(job, warm)[arguments["turn"] :: arguments["n_turns"]]

@@ -52,13 +52,13 @@ class CalibrationSettings:
         there are more than 512 records to write and to merge. A model in segments reads all its
         weights once a shard, which 64 samples are to share; a model of few ``weight_bytes`` (None:
         unknown) is through 64 in seconds, in which a record would cost as much as a few of them.
-        Where there are several workers, each gets four shards if the samples allow it: the last one
-        to finish is then not far behind.
+        Where there are several workers, each gets four shards if that leaves 16 samples to each
+        shard, so that the last one to finish is not far behind; and one at least.
         """
         is_light = weight_bytes is not None and weight_bytes <= LIGHT_BYTES
-        least = 64 if n_segments > 1 or is_light else 16
-        wanted = max(least, math.ceil(n_samples / 512))
+        wanted = max(64 if n_segments > 1 or is_light else 16, math.ceil(n_samples / 512))
         if self.n_workers > 1:
-            n_shards = self.n_workers * (4 if n_segments == 1 else 1)
-            wanted = min(wanted, math.ceil(n_samples / n_shards))
+            share = math.ceil(n_samples / self.n_workers)
+            quarter = math.ceil(share / 4) if n_segments == 1 else share
+            wanted = min(wanted, max(quarter, min(16, share)))
         return self.shard_samples or wanted
