@@ -168,29 +168,7 @@ class Accumulator:
         first = self._values.add(index, bits)
         if first < bits.size:
             self._values.spill(index, self._state, self._tops, self._spec.n_largest, counters)
-        if layout == sweep.LANES and first == 0 and sweep.is_rows(bits.size, lows.size):
-            sweep.sweep_rows(
-                bits,
-                lows,
-                highs,
-                index,
-                self._state,
-                self._tops,
-                self._spec.n_largest,
-                counters.page_of,
-                counters.pool,
-                counters.used,
-                self._scratch,
-                self._clean,
-            )
-            return
-        sweep.sweep(
-            bits,
-            first,
-            layout,
-            inner,
-            lows,
-            highs,
+        gathered = (
             index,
             self._state,
             self._tops,
@@ -201,6 +179,10 @@ class Accumulator:
             self._scratch,
             self._clean,
         )
+        if layout == sweep.LANES and first == 0 and sweep.is_rows(bits.size, lows.size):
+            sweep.sweep_rows(bits, lows, highs, *gathered)
+        else:
+            sweep.sweep(bits, first, layout, inner, lows, highs, *gathered)
 
     def _n_channels(self, index: int, shape: tuple[int, ...]) -> int:
         """Channels of this tensor, whose extrema there is then room for; or `VARIED`."""

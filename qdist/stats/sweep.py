@@ -1,6 +1,7 @@
 """One sweep over a tensor for all of its statistics: the hot loops, compiled with Numba.
 
-The tensor goes by in blocks that stay in the first-level cache. A first, vectorised pass over a
+The tensor goes by in blocks that stay in the first-level cache. Whole rows of lanes (one channel
+each) have a sweep of their own, `sweep_rows`. In any other tensor a first, vectorised pass over a
 block finds its extrema as *order keys*, integers that order floats as their values do. They tell
 without another look whether the block holds infinities or NaNs, whether it is constant, whether it
 can change the extrema, and whether any of its values can be among the largest. A second pass only
