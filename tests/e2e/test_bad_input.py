@@ -244,7 +244,7 @@ def test_no_store_and_a_folder_that_is_none(tmp_path: Path) -> None:
             "QD502",
             ("'percent'", "method mse"),
         ),
-        ("quantization.precision=int9", "QD506", ("'int9'", "w4a8, int8")),
+        ("quantization.precision=int9", "QD506", ("'int9'", "w4a8, w8, int8")),
         (
             "quantization.rules=[{match: '*con1*', precision: int16}]",
             "QD503",
