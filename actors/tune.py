@@ -22,7 +22,8 @@ from qdist.model.graph import Graph
 from qdist.model.session import Execution
 from qdist.model.taps import TapTable
 from qdist.plan.choice import LayerChoice
-from qdist.plan.planner import Planner, PlanSettings
+from qdist.plan.plan_settings import PlanSettings
+from qdist.plan.planner import Planner
 from qdist.plan.target import Target
 from qdist.search.trial import Candidate, Strategy, Trial
 from qdist.stats.record import CalibrationRecord

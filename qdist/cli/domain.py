@@ -25,7 +25,7 @@ from qdist.model.session import Execution
 from qdist.plan.choice import LayerChoice
 from qdist.plan.dialects.knight import layer_threshold_rules
 from qdist.plan.dialects.sophgo import float_rules
-from qdist.plan.planner import PlanSettings
+from qdist.plan.plan_settings import PlanSettings
 from qdist.plan.precision import precision
 from qdist.plan.rules import Rule
 from qdist.plan.selector import is_of_tensors

@@ -36,10 +36,17 @@ from qdist.files import make_folder, write_json, write_text
 from qdist.model.freeze import FrozenModel
 from qdist.model.loading import load_model
 from qdist.model.session import Execution, run, scoring_session
+from qdist.plan.dialects.glow_profile import profile_lines, widest
 from qdist.plan.plan import QuantizationPlan
+from qdist.plan.quantizer import Quantizer
 from qdist.plan.target import ProjectedPlan
 
 LEVELS = (0, 1, 2, 3)
+_PROFILE_HEADING = (
+    "# Written by qdist after our reading of the vendor's documentation. The vendor's tool",
+    "# does not load this file: it checks GraphPreLowerHash, which only the tool itself can",
+    "# compute. Copy Min and Max by node into a profile that it has dumped.",
+)
 Tensors = dict[str, NDArray[Any]]
 """Tensor -> value."""
 
@@ -118,37 +125,18 @@ def profile_text(plan: QuantizationPlan) -> str:
     a profile whose ``GraphPreLowerHash`` is not that of its own graph, which cannot be computed
     here, so the file is for reading and for copying ranges from. Histograms are left out.
     """
-    ranges: dict[str, tuple[float, float]] = {}
-    for layer in plan.layers:
-        for entry in layer.activations:
-            q = entry.quantizer
-            pairs = list(zip(q.scales, q.zero_points, strict=True))
-            low = min((q.low - zero) * scale for scale, zero in pairs)
-            high = max((q.high - zero) * scale for scale, zero in pairs)
-            known = ranges.get(entry.tensor, (low, high))
-            ranges[entry.tensor] = min(low, known[0]), max(high, known[1])
-    lines = [
-        "# Written by qdist after our reading of the vendor's documentation. The vendor's tool",
-        "# does not load this file: it checks GraphPreLowerHash, which only the tool itself can",
-        "# compute. Copy Min and Max by node into a profile that it has dumped.",
-        "---",
-        "GlowToolsVersion: ''",
-        "...",
-        "---",
-        "GraphPreLowerHash: 0x0",
-        "...",
-        "---",
-    ]
-    for tensor, (low, high) in ranges.items():
-        quoted = tensor.replace("'", "''")
-        lines += [
-            f"- NodeOutputName:  '{quoted}'",
-            f"  Min:             {_yaml_float(low)}",
-            f"  Max:             {_yaml_float(high)}",
-        ]
+    ranges = widest(plan, _extremes)
+    lines = profile_lines(_PROFILE_HEADING, ranges, _yaml_float)
     if not ranges:
         lines.append("[]")
     return "\n".join([*lines, "...", ""])
+
+
+def _extremes(found: Quantizer) -> tuple[float, float]:
+    """The smallest and the largest value that the integers stand for."""
+    pairs = list(zip(found.scales, found.zero_points, strict=True))
+    low = min((found.low - zero) * scale for scale, zero in pairs)
+    return low, max((found.high - zero) * scale for scale, zero in pairs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ they are or has no weights to tell, and counts as unknown.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 from onnx import NodeProto
@@ -31,48 +32,93 @@ def consumers_of(
         node = nodes.get(layer.outputs[0]) if layer.outputs else None
         if node is None or layer.op_type not in ("MatMul", "Gemm", "Conv"):
             continue
+        reader = _Reader(layer=layer, node=node, graph=graph, taps=taps, record=record)
         for entry in layer.activations:
             if taps.row_of(entry.tensor) == row:
-                consumer = _consumer(row, entry.index, layer, node, graph, taps, record)
+                consumer = reader.of(row, entry.index)
                 found += [] if consumer is None else [consumer]
     return tuple(found)
 
 
-def _consumer(
-    row: str,
-    index: int,
-    layer: Layer,
-    node: NodeProto,
-    graph: Graph,
-    taps: TapTable,
-    record: CalibrationRecord,
-) -> Consumer | None:
-    weights = {entry.index: entry.tensor for entry in layer.weights}
-    other = 1 - index
-    if index not in (0, 1) or (other not in weights and len(layer.activations) != 2):
-        return None
-    if other not in weights:
-        return _of_activations(row, index, layer, node, graph, taps, record)
-    weight = graph.weights.read(weights[other]).astype(np.float32, copy=False)
-    groups = int(attribute(node, "group", 1)) if layer.op_type == "Conv" else 1
-    if weight.ndim < 2 or (layer.op_type == "Conv" and other != 1):
-        return None
-    if layer.op_type == "Conv":
-        input_axis, output_axis = 1, 0
-    else:
-        turned = layer.op_type == "Gemm" and bool(attribute(node, f"trans{'AB'[other]}", 0))
-        # The right operand has its inputs in the rows, the left one in the columns.
-        rows_are_inputs = (other == 1) != turned
-        input_axis, output_axis = (-2, -1) if rows_are_inputs else (-1, -2)
-    found = Consumer.of_weight(
-        layer.name,
-        weight,
-        input_axis,
-        output_axis,
-        groups=groups,
-        output_square=_output_square(layer, node, graph, taps, record),
-    )
-    return _with_channels(found, row, record)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reader:
+    """A matmul, fully connected layer or convolution, with its node."""
+
+    layer: Layer
+    node: NodeProto
+    graph: Graph
+    taps: TapTable
+    record: CalibrationRecord
+
+    def of(self, row: str, index: int) -> Consumer | None:
+        """The layer as a reader of ``row`` at an input, or None where nothing tells its weights."""
+        weights = {entry.index: entry.tensor for entry in self.layer.weights}
+        other = 1 - index
+        if index not in (0, 1) or (other not in weights and len(self.layer.activations) != 2):
+            return None
+        if other not in weights:
+            return self._of_activation(index)
+        found = self._of_weight(weights[other], other)
+        return None if found is None else _with_channels(found, row, self.record)
+
+    def _of_weight(self, name: str, other: int) -> Consumer | None:
+        """A product with a constant, which is the input ``other``."""
+        weight = self.graph.weights.read(name).astype(np.float32, copy=False)
+        is_conv = self.layer.op_type == "Conv"
+        groups = int(attribute(self.node, "group", 1)) if is_conv else 1
+        if weight.ndim < 2 or (is_conv and other != 1):
+            return None
+        if is_conv:
+            input_axis, output_axis = 1, 0
+        else:
+            is_gemm = self.layer.op_type == "Gemm"
+            turned = is_gemm and bool(attribute(self.node, f"trans{'AB'[other]}", 0))
+            # The right operand has its inputs in the rows, the left one in the columns.
+            rows_are_inputs = (other == 1) != turned
+            input_axis, output_axis = (-2, -1) if rows_are_inputs else (-1, -2)
+        return Consumer.of_weight(
+            self.layer.name,
+            weight,
+            input_axis,
+            output_axis,
+            groups=groups,
+            output_square=self._output_square(),
+        )
+
+    def _of_activation(self, index: int) -> Consumer | None:
+        """A product of two activations: what the other one weighs, as often as an output sums."""
+        if self.layer.op_type != "MatMul":
+            return None
+        type_ = self.graph.type_of(self.node.input[index])
+        shape = type_.shape if type_ is not None else None
+        summed = shape[-1 if index == 0 else -2] if shape is not None and len(shape) > 1 else None
+        square = self._mean_square(self.node.input[1 - index])
+        if square is None or square <= 0 or not isinstance(summed, int) or summed < 1:
+            return None
+        return Consumer(
+            name=self.layer.name,
+            gains=np.array([summed * square]),
+            output_square=self._output_square(),
+        )
+
+    def _output_square(self) -> float | None:
+        """Mean square of the output without its bias, taken as independent of the rest."""
+        square = self._mean_square(self.layer.outputs[0])
+        if square is None:
+            return None
+        if len(self.node.input) > 2 and self.node.input[2]:
+            if self.node.input[2] not in self.graph.constants:
+                return None
+            bias = self.graph.weights.read(self.node.input[2]).astype(np.float64)
+            square -= float(np.mean(bias**2)) if bias.size else 0.0
+        return square if square > 0 else None
+
+    def _mean_square(self, tensor: str) -> float | None:
+        """Of an activation without its masked values; None where it was not measured."""
+        row = self.taps.row_of(tensor)
+        if row not in self.record:
+            return None
+        return split_sentinels(self.record.histogram(row).finite).body.second_moment
 
 
 def _with_channels(found: Consumer, row: str, record: CalibrationRecord) -> Consumer:
@@ -80,55 +126,8 @@ def _with_channels(found: Consumer, row: str, record: CalibrationRecord) -> Cons
     channels = record.channels(row)
     if channels is None or channels.minimum.size != found.gains.size:
         return found
-    return Consumer(
-        name=found.name,
-        gains=found.gains,
+    return replace(
+        found,
         minimum=channels.minimum.astype(np.float64),
         maximum=channels.maximum.astype(np.float64),
-        output_square=found.output_square,
-        mean_gain=found.mean_gain,
     )
-
-
-def _of_activations(
-    row: str,
-    index: int,
-    layer: Layer,
-    node: NodeProto,
-    graph: Graph,
-    taps: TapTable,
-    record: CalibrationRecord,
-) -> Consumer | None:
-    """A product of two activations: what the other one weighs, as often as an output sums."""
-    if layer.op_type != "MatMul":
-        return None
-    other = taps.row_of(node.input[1 - index])
-    type_ = graph.type_of(node.input[index])
-    shape = type_.shape if type_ is not None else None
-    summed = shape[-1 if index == 0 else -2] if shape is not None and len(shape) > 1 else None
-    if other not in record or not isinstance(summed, int) or summed < 1:
-        return None
-    square = split_sentinels(record.histogram(other).finite).body.second_moment
-    if square <= 0:
-        return None
-    return Consumer(
-        name=layer.name,
-        gains=np.array([summed * square]),
-        output_square=_output_square(layer, node, graph, taps, record),
-    )
-
-
-def _output_square(
-    layer: Layer, node: NodeProto, graph: Graph, taps: TapTable, record: CalibrationRecord
-) -> float | None:
-    """Mean square of the output without its bias, taken as independent of the rest."""
-    output = taps.row_of(layer.outputs[0])
-    if output not in record:
-        return None
-    square = split_sentinels(record.histogram(output).finite).body.second_moment
-    if len(node.input) > 2 and node.input[2]:
-        if node.input[2] not in graph.constants:
-            return None
-        bias = graph.weights.read(node.input[2]).astype(np.float64)
-        square -= float(np.mean(bias**2)) if bias.size else 0.0
-    return square if square > 0 else None

@@ -54,9 +54,17 @@ class LayerIndex:
     def can_have(self, layer: Layer, name: str) -> bool:
         """Whether a precision means something to the layer: any to those with a choice, and a
         floating-point type to those that have no integer form."""
-        reason = self.left_out.get(layer.name, "")
-        rounds = reason.endswith(NO_INTEGER_FORM) and layer.name not in self.fused
-        return self.is_choosable(layer) or (rounds and precision(name).rounds is not None)
+        return self.why_float(layer.name, name) is None
+
+    def why_float(self, layer: str, asked: str | None) -> str | None:
+        """Why the layer of this name cannot have the precision ``asked`` (None: any that is not a
+        floating-point type), or None where it can. Raises QD506."""
+        if layer in self.fused:
+            return f"computed with {self.fused[layer]}"
+        reason = self.left_out.get(layer)
+        if reason is None or asked is None or not reason.endswith(NO_INTEGER_FORM):
+            return reason
+        return reason if precision(asked).rounds is None else None
 
     def is_choosable(self, layer: Layer) -> bool:
         """Whether a choice for the layer changes anything: in scope, and not fused."""

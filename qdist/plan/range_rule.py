@@ -28,8 +28,8 @@ FIXED = "fixed"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RangeRule:
     """``method`` and ``th_scale``, or one of ``threshold`` (largest magnitude) and ``bounds``;
-    in how many bits the tensor is carried at most, how many of them are in use, and what shares a
-    scale (`qdist.plan.granularity`)."""
+    in how many bits the tensor is carried at most, how many of them are in use (None: all), and
+    what shares a scale (`qdist.plan.granularity`)."""
 
     method: str
     th_scale: float = 1.0
@@ -47,14 +47,7 @@ class RangeRule:
 
         Raises QD507 for what a plan has no place for: a threshold per channel, blocks.
         """
-        if settings is None:
-            return cls(
-                method=choice.saturation,
-                th_scale=choice.th_scale,
-                threshold=choice.threshold,
-                range_bits=choice.activation_range_bits,
-                granularity=choice.activation_granularity,
-            )
+        settings = settings or TensorSettings()
         _refuse_unknown(settings, where, bits)
         threshold = settings.threshold[0] if settings.threshold else None
         if not settings.is_fixed and settings.th_scale is None and settings.saturation is None:

@@ -139,6 +139,15 @@ def _folded(
 
 
 @compiled
+def _folding(
+    counts: NDArray[np.float64], mass: NDArray[np.float64], kept: int
+) -> tuple[float, float, float, float]:
+    """All counts, those of the kept bins, that of the last of them, and what folds into it."""
+    p_sum, q_sum = mass[-1], mass[kept]
+    return p_sum, q_sum, counts[kept - 1], p_sum - q_sum if kept < counts.size else 0.0
+
+
+@compiled
 def _kullback_leibler(
     counts: NDArray[np.float64],
     mass: NDArray[np.float64],
@@ -149,11 +158,9 @@ def _kullback_leibler(
     n_levels: int,
     kind: int,
 ) -> float:
-    p_sum, q_sum = mass[-1], mass[kept]
+    p_sum, q_sum, last, tail = _folding(counts, mass, kept)
     if p_sum <= 0.0 or q_sum <= 0.0:
         return np.inf
-    last = counts[kept - 1]
-    tail = p_sum - q_sum if kept < counts.size else 0.0
     cross = 0.0  # sum of p ln q
     back = 0.0  # sum of q (ln q - ln p)
     log_total = np.log(p_sum)
@@ -188,11 +195,9 @@ def _jensen_shannon(
     kept: int,
     n_levels: int,
 ) -> float:
-    p_sum, q_sum = mass[-1], mass[kept]
+    p_sum, q_sum, last, tail = _folding(counts, mass, kept)
     if p_sum <= 0.0 or q_sum <= 0.0:
         return np.inf
-    last = counts[kept - 1]
-    tail = p_sum - q_sum if kept < counts.size else 0.0
     of_q, of_middle = 0.0, 0.0
     for level in range(n_levels):
         start, stop = level * kept // n_levels, (level + 1) * kept // n_levels
@@ -234,11 +239,9 @@ def _fractional(
     n_levels: int,
 ) -> float:
     """KL(P||Q) with levels of equal width, and the folded tail's bin counted as filled."""
-    p_sum, q_sum = mass[-1], mass[kept]
+    p_sum, q_sum, last, tail = _folding(counts, mass, kept)
     if p_sum <= 0.0 or q_sum <= 0.0:
         return np.inf
-    last = counts[kept - 1]
-    tail = p_sum - q_sum if kept < counts.size else 0.0
     extra = 1.0 if last <= 0.0 and tail > 0.0 else 0.0
     width = kept / n_levels
     cross = 0.0

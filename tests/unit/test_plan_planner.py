@@ -24,6 +24,7 @@ from qdist.model.loading import load_model
 from qdist.model.session import run, scoring_session
 from qdist.plan import weight_range
 from qdist.plan.choice import LayerChoice
+from qdist.plan.consumers import consumers_of
 from qdist.plan.plan import LayerPlan, QuantizationPlan
 from qdist.plan.planner import Planner, PlanSettings
 from qdist.plan.precision import activation_levels, weight_levels
@@ -101,7 +102,7 @@ def test_an_activation_gets_the_threshold_of_its_histogram(
     plan = plan_with(planner, saturation=method, precision=precision)
     found = layer(plan, "second").activations[0].quantizer
     levels = activation_levels(bits, symmetric=False)
-    readers = planner._readers("r")
+    readers = consumers_of("r", planner.graph, planner.layers, planner.taps, planner.record)
     assert [reader.name for reader in readers] == ["second"]
     threshold = find_threshold(planner.record.histogram("r").finite, levels, method, {}, readers)
     scale, zero = scale_and_zero(threshold.low, threshold.high, levels)

@@ -14,19 +14,24 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from qdist.plan.dialects.reading import Before, FileRules, exactly, line_of, refuse
+from qdist.plan.dialects.reading import Before, FileRules, exactly, line_of, note_of, refuse
 from qdist.plan.dialects.slimai import plain_name
 from qdist.plan.layer_index import LayerIndex
 from qdist.plan.plan import QuantizationPlan
+from qdist.plan.quantizer import Quantizer
 from qdist.plan.rules import Rule
 from qdist.plan.selector import close
 
 _NAME = re.compile(r"^(\s*(?:-\s+)?NodeOutputName\s*:\s*)(.+?)\s*$")
 _NUMBER = re.compile(r"^(\s*(?:-\s+)?(Min|Max)\s*:\s*)(\S+)(.*)$")
 _HASH = re.compile(r"^\s*GraphPreLowerHash\s*:\s*(\S+)", re.M)
+_HEADING = (
+    "# Ranges of a qdist plan. The vendor's tool refuses this file, for want of the hash",
+    "# of its graph: for that tool, write ranges into a profile that it has dumped.",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,29 +103,39 @@ def template(plan: QuantizationPlan) -> str:
     plan stay. Where layers read a tensor with different ranges it has the widest, and the numbers
     of the others change.
     """
+    lines = profile_lines(_HEADING, widest(plan, lambda found: found.bounds), _decimal)
+    return "\n".join([*lines, "...", ""])
+
+
+def widest(
+    plan: QuantizationPlan, bounds: Callable[[Quantizer], tuple[float, float]]
+) -> dict[str, tuple[float, float]]:
+    """Activation -> the range that holds the ``bounds`` of all quantizers that a plan has for
+    it."""
     ranges: dict[str, tuple[float, float]] = {}
     for layer in plan.layers:
         for entry in layer.activations:
-            low, high = entry.quantizer.bounds
+            low, high = bounds(entry.quantizer)
             known = ranges.get(entry.tensor, (low, high))
             ranges[entry.tensor] = min(low, known[0]), max(high, known[1])
-    lines = [
-        "# Ranges of a qdist plan. The vendor's tool refuses this file, for want of the hash",
-        "# of its graph: for that tool, write ranges into a profile that it has dumped.",
-        "---",
-        "GlowToolsVersion: ''",
-        "...",
-        "---",
-        "GraphPreLowerHash: 0x0",
-        "...",
-        "---",
-    ]
+    return ranges
+
+
+def profile_lines(
+    heading: Sequence[str],
+    ranges: Mapping[str, tuple[float, float]],
+    number: Callable[[float], str],
+) -> list[str]:
+    """A profile without a hash, up to the end of its list. ``number``: how Min and Max are
+    written."""
+    lines = [*heading, "---", "GlowToolsVersion: ''", "..."]
+    lines += ["---", "GraphPreLowerHash: 0x0", "...", "---"]
     for name, (low, high) in ranges.items():
         quoted = name.replace("'", "''")
         lines.append(f"- NodeOutputName:  '{quoted}'")
-        lines.append(f"  Min:             {_decimal(low)}")
-        lines.append(f"  Max:             {_decimal(high)}")
-    return "\n".join([*lines, "...", ""])
+        lines.append(f"  Min:             {number(low)}")
+        lines.append(f"  Max:             {number(high)}")
+    return lines
 
 
 def graph_hash(text: str) -> str | None:
@@ -157,13 +172,10 @@ def read(text: str, file: str, before: Before) -> FileRules:
     if strange and len(strange) == len(entries):
         near = ", ".join(close(strange[0], list(names)))
         raise refuse(file, f"no node of the model, such as {strange[0]!r}", f"nodes such as {near}")
-    notes: tuple[str, ...] = ()
-    if strange:
-        notes = (
-            f"{file}: {len(strange)} of {len(entries)} nodes are not in the model, and give no "
-            f"range: {', '.join(strange[:3])}",
-        )
-    return FileRules(rules=tuple(rules), notes=notes)
+    what = (
+        f"{file}: {len(strange)} of {len(entries)} nodes are not in the model, and give no range:"
+    )
+    return FileRules(rules=tuple(rules), notes=note_of(what, strange))
 
 
 def _entries(text: str, file: str) -> Iterator[tuple[str, int, dict[str, float]]]:

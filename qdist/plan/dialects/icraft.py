@@ -23,6 +23,7 @@ from qdist.plan.dialects.reading import (
     cannot_write,
     known_dtype,
     line_of,
+    note_of,
     refuse,
 )
 from qdist.plan.dtype_name import DtypeName, dtype_name
@@ -186,13 +187,12 @@ def read(text: str, file: str, before: Before) -> FileRules:
         rules += _rules(row, operator, before, where)
         if operator.layer is not None:
             dtypes[operator.layer] = known_dtype(row.dtype, where)
-    notes = []
     idle = _idle(dtypes, before.index)
-    if idle:
-        notes.append(
-            f"{file}: the dtype of {len(idle)} rows means nothing, since their operators stay "
-            f"float or are computed with another: {', '.join(idle[:3])}"
-        )
+    what = (
+        f"{file}: the dtype of {len(idle)} rows means nothing, since their operators stay "
+        "float or are computed with another:"
+    )
+    notes = [*note_of(what, idle)]
     missing = len(known) - len(table.rows)
     if missing:
         notes.append(f"{file}: {missing} of {len(known)} operators have no row, and keep defaults")

@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from qdist.plan.dialects.reading import Before, FileRules, exactly, line_of, refuse
+from qdist.plan.dialects.reading import Before, FileRules, exactly, line_of, note_of, refuse
 from qdist.plan.layer_index import LayerIndex
 from qdist.plan.rules import Rule
 from qdist.plan.selector import close
@@ -104,13 +104,11 @@ def read(text: str, file: str, before: Before) -> FileRules:
             continue
         settings = {"threshold": row.sat}
         rules.append(Rule(match=f"tensor:{exactly(name)}", settings=settings, origin=where))
-    notes: tuple[str, ...] = ()
-    if idle:
-        notes = (
-            f"{file}: {len(idle)} saturation points are of tensors that no quantized layer reads, "
-            f"such as {', '.join(idle[:3])}",
-        )
-    return FileRules(rules=tuple(rules), notes=notes)
+    what = (
+        f"{file}: {len(idle)} saturation points are of tensors that no quantized layer reads, "
+        "such as"
+    )
+    return FileRules(rules=tuple(rules), notes=note_of(what, idle))
 
 
 def feature_maps(index: LayerIndex) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qdist.plan.dialects.knight_rules import check_neighbours
-from qdist.plan.dialects.reading import Before, FileRules, cannot_write, line_of, refuse
+from qdist.plan.dialects.reading import Before, FileRules, cannot_write, line_of, note_of, refuse
 from qdist.plan.rules import Rule
 from qdist.plan.selector import close
 
@@ -96,9 +96,7 @@ def read(text: str, file: str, before: Before) -> FileRules:
         rules += before.layer_rule(layer.name, settings, where)
     check_neighbours(index, bits, file, places)
     missing = [x.name for x in index.choosable if x.name not in places]
-    notes: tuple[str, ...] = ()
-    if missing:
-        notes = (f"{file}: {len(missing)} layers are not in it: {', '.join(missing[:3])}",)
+    notes = note_of(f"{file}: {len(missing)} layers are not in it:", missing)
     return FileRules(rules=tuple(rules), notes=notes)
 
 

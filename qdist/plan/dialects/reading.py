@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +99,11 @@ class Before:
 def exactly(name: str) -> str:
     """A pattern that a name alone matches."""
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def note_of(text: str, names: Sequence[str]) -> tuple[str, ...]:
+    """A note that ends in the first three of the names it is about; none where there are none."""
+    return (f"{text} {', '.join(names[:3])}",) if names else ()
 
 
 def line_of(file: str, line: int) -> str:

@@ -15,7 +15,15 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from qdist.plan.choice import LayerChoice
-from qdist.plan.dialects.reading import Before, FileRules, cannot_write, exactly, line_of, refuse
+from qdist.plan.dialects.reading import (
+    Before,
+    FileRules,
+    cannot_write,
+    exactly,
+    line_of,
+    note_of,
+    refuse,
+)
 from qdist.plan.layer_index import LayerIndex
 from qdist.plan.precision import precision
 from qdist.plan.rules import Rule, apply_rules
@@ -150,13 +158,10 @@ def _effective(
             narrowed.append(layer)
             settings = {"most_bits": bits}
             needed.append(Rule(match=f"output:layer:{layer}", settings=settings, origin=where))
-    notes: tuple[str, ...] = ()
-    if narrowed:
-        notes = (
-            f"{file}: {len(narrowed)} outputs are carried in 8 bits, though a layer after reads "
-            f"more: {', '.join(narrowed[:3])}",
-        )
-    return FileRules(rules=tuple(needed), notes=notes)
+    what = (
+        f"{file}: {len(narrowed)} outputs are carried in 8 bits, though a layer after reads more:"
+    )
+    return FileRules(rules=tuple(needed), notes=note_of(what, narrowed))
 
 
 def template(before: Before) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from qdist.plan.dialects import prototext
-from qdist.plan.dialects.reading import Before, FileRules, cannot_write, line_of, refuse
+from qdist.plan.dialects.reading import Before, FileRules, cannot_write, line_of, note_of, refuse
 from qdist.plan.rules import Rule
 from qdist.plan.selector import close
 
@@ -105,13 +105,11 @@ def read(text: str, file: str, before: Before) -> FileRules:
         if settings and not _is_read(layer.name, before):
             idle.append(layer.name)
         rules += found
-    notes: tuple[str, ...] = ()
-    if idle:
-        notes = (
-            f"{file}: fields of {len(idle)} layers mean nothing here, since they are computed with "
-            f"another or no quantized layer reads them: {', '.join(dict.fromkeys(idle[:3]))}",
-        )
-    return FileRules(rules=tuple(rules), notes=notes)
+    what = (
+        f"{file}: fields of {len(idle)} layers mean nothing here, since they are computed with "
+        "another or no quantized layer reads them:"
+    )
+    return FileRules(rules=tuple(rules), notes=note_of(what, tuple(dict.fromkeys(idle[:3]))))
 
 
 def template(before: Before) -> str:

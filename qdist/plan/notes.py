@@ -1,0 +1,96 @@
+"""Where a plan does otherwise than was asked, and what ``auto`` chose."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from qdist.model.taps import TapTable
+from qdist.plan.plan import LayerPlan
+from qdist.plan.range_rule import FIXED
+from qdist.threshold.consumer import Consumer
+from qdist.threshold.registry import resolve
+
+
+def plan_notes(
+    layers: Sequence[LayerPlan], taps: TapTable, consumers: Mapping[str, Sequence[Consumer]]
+) -> tuple[str, ...]:
+    """The notes of the layers of one plan. ``consumers``: measured tensor -> the layers that the
+    method ``auto`` judged its range by."""
+    return (*_method_notes(layers), *_auto_notes(layers, taps, consumers), *_fusion_notes(layers))
+
+
+def _method_notes(layers: Sequence[LayerPlan]) -> list[str]:
+    """Where another threshold method was used than the one chosen."""
+    pairs = {
+        (resolve(layer.choice.saturation)[0], entry.quantizer.method, entry.quantizer.bits)
+        for layer in layers
+        for entry in layer.activations
+        if not entry.quantizer.is_float and entry.quantizer.axis is None
+    }
+    floats = {
+        (resolve(layer.choice.saturation)[0], entry.quantizer.method, layer.choice.precision)
+        for layer in layers
+        for entry in layer.activations
+        if entry.quantizer.is_float and layer.choice.bits.rounds is None
+    }
+    single = [
+        layer.name
+        for layer in layers
+        if layer.choice.activation_granularity != "tensor" and layer.choice.bits.rounds is None
+        for entry in layer.activations
+        if entry.quantizer.axis is None and not entry.quantizer.is_dynamic
+    ]
+    return [
+        *_single_notes(single),
+        *(
+            f"{asked} needs more bins than levels: {used} is used for {bits}-bit layers"
+            for asked, used, bits in sorted(pairs)
+            if asked not in (used, "auto") and used not in (FIXED, "dynamic")
+        ),
+        *(
+            f"{asked} is for evenly spaced levels: {used} is used for {name} layers"
+            for asked, used, name in sorted(floats)
+            if asked != used and used != FIXED
+        ),
+    ]
+
+
+def _single_notes(names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    shown = ", ".join(list(dict.fromkeys(names))[:3])
+    return [
+        f"{len(names)} activations have one scale all the same, since channels were not measured "
+        f"along their axes, or rows are not what is summed over: {shown}"
+        + (", ..." if len(set(names)) > 3 else "")
+    ]
+
+
+def _auto_notes(
+    layers: Sequence[LayerPlan], taps: TapTable, consumers: Mapping[str, Sequence[Consumer]]
+) -> list[str]:
+    """What ``auto`` chose, and for how many tensors it knew no layer that reads them."""
+    chosen = {
+        taps.row_of(entry.tensor): entry.quantizer.method
+        for layer in layers
+        if resolve(layer.choice.saturation)[0] == "auto"
+        for entry in layer.activations
+    }
+    if not chosen:
+        return []
+    counts = ", ".join(f"{n} {name}" for name, n in Counter(chosen.values()).most_common())
+    n_alone = sum(not consumers.get(row) for row in chosen)
+    alone = f"; {n_alone} by the error in the tensor alone" if n_alone else ""
+    return [f"auto chose, by the layers that read the tensors: {counts}{alone}"]
+
+
+def _fusion_notes(layers: Sequence[LayerPlan]) -> list[str]:
+    """Rules for layers that another rule, or the default, decides about."""
+    by_name = {layer.name: layer for layer in layers}
+    notes = []
+    for layer in by_name.values():
+        host = by_name.get(layer.fused_with or "")
+        if host is not None and layer.why.startswith("rule ") and layer.choice != host.choice:
+            notes.append(f"{layer.why} has no effect on {layer.name}: computed with {host.name}")
+    return notes
