@@ -128,6 +128,9 @@ def test_auto_says_how_many_tensors_it_judged_alone(planner: Planner) -> None:
     (note,) = plan_with(planner, saturation="auto").notes
     # Only the two matmuls have weights to judge by; what the others read is judged by itself.
     assert note.endswith("by the error in the tensor alone")
+    # Another planner that takes over the ranges knows who was asked for them.
+    other = planner.with_rules(planner.settings.tensors)
+    assert plan_with(other, saturation="auto").notes == (note,)
 
 
 def test_vendors_names_are_the_methods_they_stand_for(planner: Planner) -> None:
