@@ -1,7 +1,8 @@
 """A store's bytes in an object store: S3 and what speaks its language, Google Cloud, Azure.
 
 Credentials, region and endpoint come from the environment that each provider documents, such as
-``AWS_ACCESS_KEY_ID``, ``AWS_REGION``, ``AWS_ENDPOINT_URL`` and ``AWS_ALLOW_HTTP``.
+``AWS_ACCESS_KEY_ID``, ``AWS_REGION``, ``AWS_ENDPOINT_URL`` and ``AWS_ALLOW_HTTP``, or Azure's
+``AZURE_STORAGE_ACCOUNT_NAME``, ``AZURE_STORAGE_ACCOUNT_KEY`` and ``AZURE_STORAGE_ENDPOINT``.
 """
 
 from __future__ import annotations
@@ -174,5 +175,9 @@ def _open(url: str) -> S3Store | GCSStore | AzureStore:
 
 
 def _reason(error: Exception) -> str:
-    """The first line: the rest is how the client sees itself."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """What happened and what the server answered, on one line, without how the client sees itself.
+
+    Answers in XML may have a line of their own for every element.
+    """
+    told = str(error).partition("\n\nDebug source:")[0]
+    return " ".join(told.split()) or type(error).__name__
