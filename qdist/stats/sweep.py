@@ -267,17 +267,31 @@ def _widen_runs(
 
 @compiled
 def _count(bits: NDArray[np.uint32], scratch: NDArray[np.uint16]) -> None:
+    """Element ``i`` counts in table ``i % 4``."""
     one = np.uint16(1)
     fours = bits.size // 4
-    for j in range(fours):
-        i = 4 * j
-        scratch[np.uint64(bits[i] >> np.uint32(16)) * np.uint64(4)] += one
-        scratch[np.uint64(bits[i + 1] >> np.uint32(16)) * np.uint64(4) + np.uint64(1)] += one
-        scratch[np.uint64(bits[i + 2] >> np.uint32(16)) * np.uint64(4) + np.uint64(2)] += one
-        scratch[np.uint64(bits[i + 3] >> np.uint32(16)) * np.uint64(4) + np.uint64(3)] += one
-    for i in range(4 * fours, bits.size):
-        lane = np.uint64(i - 4 * fours)
-        scratch[np.uint64(bits[i] >> np.uint32(16)) * np.uint64(4) + lane] += one
+    whole = fours // 16 * 16
+    for start in range(0, 4 * whole, 64):
+        # Masks, padding and dead channels: equal values side by side would wait for one counter.
+        b = bits[start]
+        if b == bits[start + 63] and b == bits[start + 31]:
+            differ = np.uint32(0)
+            for i in range(64):
+                differ |= np.uint32(bits[start + i] ^ b)
+            if differ == np.uint32(0):
+                first = np.uint64(b >> np.uint32(16)) * np.uint64(4)
+                for table in range(4):
+                    scratch[first + np.uint64(table)] += np.uint16(16)
+                continue
+        for j in range(16):
+            i = start + 4 * j
+            scratch[np.uint64(bits[i] >> np.uint32(16)) * np.uint64(4)] += one
+            scratch[np.uint64(bits[i + 1] >> np.uint32(16)) * np.uint64(4) + np.uint64(1)] += one
+            scratch[np.uint64(bits[i + 2] >> np.uint32(16)) * np.uint64(4) + np.uint64(2)] += one
+            scratch[np.uint64(bits[i + 3] >> np.uint32(16)) * np.uint64(4) + np.uint64(3)] += one
+    for i in range(4 * whole, bits.size):
+        table = np.uint64(i & 3)
+        scratch[np.uint64(bits[i] >> np.uint32(16)) * np.uint64(4) + table] += one
 
 
 @compiled

@@ -158,7 +158,8 @@ def test_a_worker_that_is_killed_while_merging_changes_no_bit(
     assert (merged.record.digest, plan_digest(job, merged)) == expected
     assert len(pools) == len(killed) == 1
     said = "\n".join(state.message for state in states if state.message)
-    assert "worker merge-0 is gone" in said
+    # Whichever was ready first.
+    assert said.count("worker merge-") == said.count(" is gone: ") == 1, said
     assert {(state.done, state.resumed) for state in states} == {(160, 160)}
     assert [state.n_merged for state in states if state.n_records][-1] == 80
     assert len(open_store(tmp_path / "s").nodes()) == 5
