@@ -290,8 +290,8 @@ def _count(bits: NDArray[np.uint32], scratch: NDArray[np.uint16]) -> None:
             scratch[np.uint64(bits[i + 2] >> np.uint32(16)) * np.uint64(4) + np.uint64(2)] += one
             scratch[np.uint64(bits[i + 3] >> np.uint32(16)) * np.uint64(4) + np.uint64(3)] += one
     for i in range(4 * whole, bits.size):
-        table = np.uint64(i & 3)
-        scratch[np.uint64(bits[i] >> np.uint32(16)) * np.uint64(4) + table] += one
+        last = np.uint64(i & 3)
+        scratch[np.uint64(bits[i] >> np.uint32(16)) * np.uint64(4) + last] += one
 
 
 @compiled
