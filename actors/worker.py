@@ -42,7 +42,8 @@ class CalibrationWorker:
         self._store: CalibrationStore | None = None
 
     def setup(self) -> dict[str, Any]:
-        """Load the tapped model and open the store; says under which fingerprint it runs."""
+        """Open the store; says under which fingerprint it runs. A model in one piece is loaded with
+        the first shard, whose shapes tell how it is best run."""
         warm()
         self._observe_with(0)
         self._store = open_store(self._location)

@@ -12,7 +12,7 @@ from qdist.threshold.sentinel import split_sentinels
 
 def refuse_nan(record: CalibrationRecord) -> None:
     """Raise QD309: shards measured under ``report`` may hold what ``error`` must not pass over."""
-    n_nans, _ = record.specials()
+    n_nans, _ = record.specials
     for tensor, n_nan in zip(record.tensors, n_nans.tolist(), strict=True):
         if n_nan:
             raise DataError(
@@ -29,7 +29,7 @@ def record_notes(job: CalibrationJob, record: CalibrationRecord) -> list[str]:
     graph = job.measuring.graph
     masked = sentinel_paths(graph)
     notes = []
-    for tensor, n_nan, n_infinite in zip(record.tensors, *record.specials(), strict=True):
+    for tensor, n_nan, n_infinite in zip(record.tensors, *record.specials, strict=True):
         if n_nan:
             notes.append(f"tensor {tensor} held {n_nan} NaN, which count for nothing")
         if tensor not in masked and n_infinite:

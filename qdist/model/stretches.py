@@ -13,7 +13,8 @@ sample, float run 1.37 s): all outputs of one run 1.64 s, counted 2.7 s; in stre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -38,7 +39,6 @@ _REPEATED_BYTES = 16 << 20
 """Weights inside the graph that may be held once more because several stretches read them."""
 
 Arrays = dict[str, NDArray[Any]]
-OpenSession = Callable[[bytes, Path | None, Execution], ort.InferenceSession]
 
 
 class Runner(Protocol):
@@ -71,11 +71,12 @@ class Undivided:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Stretch:
-    """``wanted``: outputs for the caller. ``sends``: what later stretches read. ``last``: what no
-    later one reads any more."""
+    """``outputs``: all that it puts out. ``wanted``: those for the caller. ``sends``: those that
+    later stretches read. ``last``: what no later one reads any more."""
 
     session: ort.InferenceSession
     reads: tuple[str, ...]
+    outputs: list[str]
     wanted: tuple[str, ...]
     sends: tuple[str, ...]
     last: tuple[str, ...]
@@ -117,12 +118,12 @@ class Stretches:
             reads = {name: waiting[name] for name in stretch.reads if name in waiting}
             for name in stretch.last:
                 waiting.pop(name, None)
-            names = list(dict.fromkeys((*stretch.wanted, *stretch.sends)))
-            made = dict(zip(names, run(stretch.session, names, reads), strict=True))
+            found = run(stretch.session, stretch.outputs, reads)
+            made = dict(zip(stretch.outputs, found, strict=True))
             waiting.update((name, made[name]) for name in stretch.sends)
             wanted = {name: made[name] for name in stretch.wanted}
             # Nothing here may keep alive what the caller lets go.
-            del reads, made
+            del reads, found, made
             yield wanted
 
     def _divided(self, feeds: Mapping[str, NDArray[Any]]) -> tuple[_Stretch, ...]:
@@ -151,9 +152,9 @@ class Stretches:
 
     def _stretch(self, flow: Flow, start: int, stop: int, elements: Mapping[str, int]) -> _Stretch:
         part = part_of(flow, start, stop, elements)
+        _share_arena()
         options = measuring_options(self._execution)
-        if _share_arena():
-            options.add_session_config_entry("session.use_env_allocators", "1")
+        options.add_session_config_entry("session.use_env_allocators", "1")
         session = open_session(
             part.model.SerializeToString(), self._data_folder, self._execution, options
         )
@@ -161,6 +162,7 @@ class Stretches:
         return _Stretch(
             session=session,
             reads=reads,
+            outputs=[value.name for value in part.model.graph.output],
             wanted=part.hands,
             sends=part.sends,
             last=tuple(name for name in reads if flow.last_reader[name] < stop),
@@ -194,15 +196,13 @@ def _repeated_bytes(flow: Flow, cuts: Sequence[int]) -> int:
 
 
 @cache
-def _share_arena() -> bool:
-    """See to it that sessions of this process can share one arena; whether they can."""
+def _share_arena() -> None:
+    """See to it that sessions of this process can share one arena."""
     memory = ort.OrtMemoryInfo(
         "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
     )
     # It grows by what is asked for, not in powers of two.
-    try:
-        ort.create_and_register_allocator(memory, ort.OrtArenaCfg({"arena_extend_strategy": 1}))
-    except ORT_ERRORS:
-        # There is one already, which serves as well.
-        return True
-    return True
+    growth = ort.OrtArenaCfg({"arena_extend_strategy": 1})
+    # Where there is one already, it serves as well.
+    with suppress(*ORT_ERRORS):
+        ort.create_and_register_allocator(memory, growth)

@@ -202,6 +202,7 @@ class CalibrationRecord:
             exact=exact,
         )
 
+    @cached_property
     def specials(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """How many NaNs, and how many infinities, every row counted: int64[n] each."""
         bins = (self.histograms.keys & ((1 << ROW_SHIFT) - 1)).astype(np.uint16)

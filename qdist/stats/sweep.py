@@ -810,16 +810,17 @@ def sweep_rows(
         for start in range(0, group.size, size):
             block = group[start : start + size]
             b = block[0]
-            is_constant = False
+            is_constant: Any = False
             if b == block[block.size - 1] and b == block[block.size // 2]:
                 least, greatest = _extrema(block.view(np.int32))
-                is_constant = least == greatest
+                magnitude = np.uint32(b & np.uint32(0x7FFFFFFF))
+                is_constant = least == greatest and magnitude < np.uint32(0x7F800000)
             if is_constant:
                 _count_constant(b, block.size, scratch)
             else:
                 _count(block, scratch)
-            waiting += block.size
             if not _has_special(scratch):
+                waiting += block.size
                 found = _widen_rows(block.view(np.float32), low, high, lane_most)
                 if limit > 0 and state[4] >= 0 and found > state[4]:
                     _push_rows(block, lane_most, top, limit, state)
@@ -828,11 +829,7 @@ def sweep_rows(
                 all_most[n_blocks] = found
                 n_blocks += 1
                 continue
-            if is_constant:
-                scratch[np.int64(b >> np.uint32(16)) * 4 : np.int64(b >> np.uint32(16)) * 4 + 4] = 0
-            else:
-                _uncount(block, scratch)
-            waiting -= block.size
+            _uncount(block, scratch)
             # No bound: all are looked at.
             all_most[n_blocks] = 0xFFFFFFFF
             n_blocks += 1

@@ -570,7 +570,7 @@ def test_a_row_gives_back_what_was_counted(parts: list[Any]) -> None:
     record = record_of(*parts)
     assert_measured(record, batches, SPEC, {"a": 0, "b": -1})
     each = [record.histogram(name) for name in ROWS]
-    n_nan, n_infinite = record.specials()
+    n_nan, n_infinite = record.specials
     assert n_nan.tolist() == [histogram.n_nan for histogram in each]
     assert n_infinite.tolist() == [histogram.n_infinite for histogram in each]
     for one in (record_of(*parts[:2]).merge(record_of(*parts[2:])), merge_all([record], ROWS)):
