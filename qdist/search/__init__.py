@@ -1,6 +1,7 @@
 """What to try next. Pure ask/tell objects: no Ray, no files, no clock.
 
 ``trial``   candidates, finished trials, and how trials are ranked.
+``problem``  what a strategy is given.
 ``greedy``  hill climbing over groups of layers, most and least sensitive first.
 ``strategies``  the strategies by name.
 ``pickers``   mixed precision without a search.

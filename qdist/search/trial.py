@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from qdist.digest import digest_json
+from qdist.evaluate.compare import Deviation
 from qdist.evaluate.report import EvalReport
 from qdist.plan.choice import LayerChoice
 
@@ -17,12 +18,17 @@ Choices = Mapping[str, LayerChoice]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """A plan to try. ``number`` counts from 0, the plain plan; ``label`` says in a few words what
-    is different; ``changed`` names the layers that differ from the plain plan."""
+    is different; ``changed`` names the layers that differ from the plain plan. ``round``: the
+    numbered round that proposed it. ``predicted``: what the strategy expects of it, in its own
+    measure. ``wants_layers``: whether the trial is to compare every layer in place."""
 
     number: int
     label: str
     choices: Choices
     changed: tuple[str, ...] = ()
+    round: int = 0
+    predicted: float | None = None
+    wants_layers: bool = False
 
     @property
     def key(self) -> str:
@@ -39,7 +45,8 @@ class Candidate:
 class Trial:
     """A finished candidate: its report, or the reason why there is none.
 
-    ``n_bytes``: size of its artifact; 0 when none was written.
+    ``n_bytes``: size of its artifact; 0 when none was written. ``layers``: layer -> deviation of
+    its output in place, in the whole quantized model; empty unless the candidate asked for it.
     """
 
     candidate: Candidate
@@ -47,6 +54,7 @@ class Trial:
     n_bytes: int
     reason: str = ""
     details: Mapping[str, object] = field(default_factory=dict)
+    layers: Mapping[str, Deviation] = field(default_factory=dict)
 
     @property
     def rank(self) -> tuple[float, float, float]:

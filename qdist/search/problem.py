@@ -1,0 +1,41 @@
+"""What a strategy is given: the layers that may change, what each may become, and what is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from qdist.plan.choice import LayerChoice
+from qdist.search.trial import Choices
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchLayer:
+    """A layer that may change. ``position``: its place in topological order. ``n_weights``: its
+    constant elements. ``n_multiplies``: multiply-accumulates for one sample, 0 where it has none.
+    ``sources``: the layers whose outputs it reads."""
+
+    name: str
+    op_type: str
+    position: int
+    n_weights: int = 0
+    n_multiplies: int = 0
+    sources: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchProblem:
+    """``plain``: the choice of every layer in the plain plan, also of those that may not change.
+    ``layers``: those that may, in topological order. ``groups``: a partition of their names; the
+    layers of a group change together. ``options``: layer -> the choices that the target takes, the
+    plain one first. ``sensitivity``: layer -> choice -> relative L2 error of its output when it
+    alone has that choice and reads the float model's activations; choices that were not measured
+    are absent. ``float_score``: of the float model, by the evaluation of the search."""
+
+    plain: Choices
+    layers: tuple[SearchLayer, ...]
+    groups: tuple[tuple[str, ...], ...]
+    options: Mapping[str, tuple[LayerChoice, ...]]
+    sensitivity: Mapping[str, Mapping[LayerChoice, float]] = field(default_factory=dict)
+    float_score: float | None = None
+    higher_is_better: bool = True
