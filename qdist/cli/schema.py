@@ -253,6 +253,12 @@ class SearchConfig(Group):
 
     strategy: Literal["greedy"] = Field("greedy", description="how plans are proposed")
     max_trials: int = Field(12, ge=1, description="the plain plan included")
+    time_limit_s: float | None = Field(
+        None, gt=0, description="end the search after so long, with the best so far; null: never"
+    )
+    target_score: float | None = Field(
+        None, description="end after the round in which a trial scores as well as this; null: never"
+    )
     low: str | None = Field("w4a8", description="precision to lower insensitive layers to")
     high: str | None = Field("w8a16", description="precision to raise sensitive layers to")
     saturations: list[str] = Field(description="threshold methods to try")
@@ -349,7 +355,9 @@ class TrackingConfig(Group):
     enabled: bool = Field(True, description="record runs")
     uri: str = Field(description="sqlite:///FILE or http(s)://SERVER")
     experiment: str = Field("qdist", description="created if missing")
-    artifacts: Literal["all", "best", "none"] = Field("all", description="which files are sent")
+    artifacts: Literal["all", "front", "best", "none"] = Field(
+        "all", description="whose models are sent: of all trials, of the front, the best, none"
+    )
     run_name: str | None = Field(None, description="of the parent run")
 
 
