@@ -18,9 +18,10 @@ from qdist.data.source import DataSource
 from qdist.emit.qdq import Artifact, emit_qdq
 from qdist.errors import EvaluationError, PlanError
 from qdist.evaluate.builtin import DatasetEvaluation
-from qdist.evaluate.compare import LayerComparison, compare_layers, sensitivity
+from qdist.evaluate.compare import LayerComparison, compare_layers
 from qdist.evaluate.report import EvalReport
 from qdist.evaluate.scorer import Scorer
+from qdist.evaluate.sensitivity import sensitivity
 from qdist.files import write_json
 from qdist.model.freeze import FrozenModel
 from qdist.model.graph import Graph
