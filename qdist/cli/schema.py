@@ -27,6 +27,7 @@ from qdist.cli.data_schema import (
     TextConfig,
     TextSamples,
 )
+from qdist.cli.search_schema import SearchConfig
 from qdist.threshold.registry import METHODS
 
 
@@ -246,18 +247,6 @@ class TargetConfig(Group):
         le=12,
         description="functions of 16-bit tensors are tables of 2^N entries (target-exact mode)",
     )
-
-
-class SearchConfig(Group):
-    """How the search goes."""
-
-    strategy: Literal["greedy"] = Field("greedy", description="how plans are proposed")
-    max_trials: int = Field(12, ge=1, description="the plain plan included")
-    low: str | None = Field("w4a8", description="precision to lower insensitive layers to")
-    high: str | None = Field("w8a16", description="precision to raise sensitive layers to")
-    saturations: list[str] = Field(description="threshold methods to try")
-    first_share: float = Field(0.5, gt=0, le=1, description="share of layers moved at first")
-    sensitivity_samples: int = Field(32, ge=1, description="samples to rank layers by")
 
 
 class MetricConfig(Group):

@@ -10,22 +10,20 @@ from qdist.cli import domain
 from qdist.cli.commands import steps
 from qdist.cli.commands.mixing import mix_of, mixed
 from qdist.cli.commands.scoring import make_scorer, note_overlap
+from qdist.cli.commands.searching import search_problem
 from qdist.cli.context import Context
 from qdist.cli.progress import bar
 from qdist.cli.schema import TuneSettings
 from qdist.cli.tracking import Run
-from qdist.data.source import DataSource
 from qdist.emit.qdq import Artifact, emit_qdq
 from qdist.errors import EvaluationError, PlanError
 from qdist.evaluate.builtin import DatasetEvaluation
 from qdist.evaluate.compare import LayerComparison, compare_layers
 from qdist.evaluate.report import EvalReport
 from qdist.evaluate.scorer import Scorer
-from qdist.evaluate.sensitivity import sensitivity
 from qdist.files import write_json
 from qdist.model.freeze import FrozenModel
 from qdist.model.graph import Graph
-from qdist.plan.choice import LayerChoice
 from qdist.plan.plan import QuantizationPlan
 from qdist.plan.planner import Planner
 from qdist.plan.precision import PRECISIONS
@@ -33,7 +31,8 @@ from qdist.plan.target import ProjectedPlan, Target
 from qdist.report.page import write_page
 from qdist.report.tables import summary_table, trial_table
 from qdist.report.values import Summary, TrialRow
-from qdist.search.strategies import make_strategy
+from qdist.search.front import answer_of
+from qdist.search.strategies import check_strategy, make_strategy
 from qdist.search.trial import Trial, best_of
 
 
@@ -56,7 +55,10 @@ def run(context: Context[TuneSettings]) -> None:
     target = domain.target(settings.target)
     evaluation = domain.evaluation(settings.evaluation, settings.data)
     domain.default_choice(settings.quantization)
-    domain.greedy(settings.search)
+    check_strategy(settings.search.strategy)
+    domain.search_settings(settings.search, 1.0)
+    domain.space(settings.search, settings.quantization.precision, target, None)
+    domain.latency(settings.search)
     mix_of(settings.quantization)
     _check_precisions(settings, target)
     context.make_folder()
@@ -82,8 +84,10 @@ def run(context: Context[TuneSettings]) -> None:
         note_overlap(context, evaluation, run_)
         with make_scorer(context, evaluation, frozen.source) as scorer:
             before = _float_score(context, scorer)
-            trials = _search(context, frozen, chosen, pinned, target, scorer, run_, done)
-        best = _keep_best(context, frozen, planner, target, trials)
+            trials, best_trial = _search(
+                context, frozen, chosen, pinned, target, scorer, run_, done, before
+            )
+        best = _keep_best(context, frozen, planner, target, trials, best_trial)
         _report(context, frozen, before, best, trials, merged.notes, run_)
 
 
@@ -117,24 +121,18 @@ def _search(
     scorer: Scorer,
     parent: Run,
     calibrated: steps.Calibrated,
-) -> list[Trial]:
+    before: EvalReport,
+) -> tuple[list[Trial], Trial | None]:
     from actors.tune import TrialSetup, tune
 
     settings = context.settings
     planner, choices = chosen.planner, chosen.choices
-    source = calibrated.source
     with context.working("measuring how sensitive each layer is"):
-        errors = _sensitivities(context, frozen, planner, target, source, choices, pinned)
-    strategy = make_strategy(
-        settings.search.strategy,
-        choices,
-        errors,
-        # What the target would refuse in every trial is not tried.
-        replace(
-            domain.greedy(settings.search), granularity="channel" if target.per_channel else None
-        ),
-        {layer.name: planner.weight_elements(layer) for layer in planner.choosable()},
+        problem = search_problem(context, planner, target, calibrated, choices, pinned, before)
+    wanted = domain.search_settings(
+        settings.search, problem.cost(choices), per_channel=target.per_channel
     )
+    strategy = make_strategy(settings.search.strategy, problem, wanted)
     setup = TrialSetup(
         frozen=frozen,
         record=calibrated.merged.record,
@@ -160,7 +158,7 @@ def _search(
             drawing.update(len(done), settings.search.max_trials, score)
             drawing.say(_line(trial))
 
-        return tune(
+        trials = tune(
             strategy,
             setup,
             domain.cluster(settings.cluster),
@@ -168,6 +166,7 @@ def _search(
             on_trial=on_trial,
             on_message=drawing.say,
         )
+    return trials, answer_of(trials, problem, target=wanted.target, budget=wanted.budget)
 
 
 def _set_aside(folder: Path) -> None:
@@ -195,44 +194,6 @@ def _check_precisions(settings: TuneSettings, target: Target) -> None:
                 mend=f"choose one of these for {key}"
                 + ("" if key.startswith("quant") else ", or null for none"),
             )
-
-
-def _sensitivities(
-    context: Context[TuneSettings],
-    frozen: FrozenModel,
-    planner: Planner,
-    target: Target,
-    source: DataSource,
-    choices: dict[str, LayerChoice],
-    pinned: set[str],
-) -> dict[str, dict[str, float]]:
-    """Precision -> layer -> relative L2 error when that layer alone has it.
-
-    ``pinned`` layers, which the user has a rule for, are left out, and so left alone.
-    """
-    search = context.settings.search
-    base = context.settings.quantization.precision
-    choosable = {layer.name for layer in planner.choosable()} - pinned
-    found: dict[str, dict[str, float]] = {}
-    for precision in dict.fromkeys(p for p in (base, search.low) if p is not None):
-        tried = {
-            name: LayerChoice(**{**choice.to_json(), "precision": precision})
-            for name, choice in choices.items()
-        }
-        deviations = sensitivity(
-            frozen,
-            target.project(planner.plan(tried)),
-            source,
-            context.execution,
-            batch=context.settings.compare.batch,
-            n_samples=search.sensitivity_samples,
-        )
-        found[precision] = {
-            name: deviation.relative_l2
-            for name, deviation in deviations.items()
-            if name in choosable
-        }
-    return found
 
 
 def _line(trial: Trial) -> str:
@@ -296,8 +257,8 @@ def _keep_best(
     planner: Planner,
     target: Target,
     trials: list[Trial],
+    trial: Trial | None,
 ) -> _Best:
-    trial = best_of(trials)
     if trial is None or trial.report is None:
         raise EvaluationError(
             "QD706",
