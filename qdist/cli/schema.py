@@ -27,6 +27,7 @@ from qdist.cli.data_schema import (
     TextConfig,
     TextSamples,
 )
+from qdist.cli.search_schema import SearchConfig
 from qdist.threshold.registry import METHODS
 
 
@@ -246,24 +247,6 @@ class TargetConfig(Group):
         le=12,
         description="functions of 16-bit tensors are tables of 2^N entries (target-exact mode)",
     )
-
-
-class SearchConfig(Group):
-    """How the search goes."""
-
-    strategy: Literal["greedy"] = Field("greedy", description="how plans are proposed")
-    max_trials: int = Field(12, ge=1, description="the plain plan included")
-    time_limit_s: float | None = Field(
-        None, gt=0, description="end the search after so long, with the best so far; null: never"
-    )
-    target_score: float | None = Field(
-        None, description="end after the round in which a trial scores as well as this; null: never"
-    )
-    low: str | None = Field("w4a8", description="precision to lower insensitive layers to")
-    high: str | None = Field("w8a16", description="precision to raise sensitive layers to")
-    saturations: list[str] = Field(description="threshold methods to try")
-    first_share: float = Field(0.5, gt=0, le=1, description="share of layers moved at first")
-    sensitivity_samples: int = Field(32, ge=1, description="samples to rank layers by")
 
 
 class MetricConfig(Group):

@@ -83,20 +83,6 @@ def compare_layers(
     return tuple(sorted(rows, key=lambda row: row.in_place.sqnr_db))
 
 
-def sensitivity(
-    frozen: FrozenModel,
-    projected: ProjectedPlan,
-    source: DataSource,
-    execution: Execution,
-    *,
-    batch: int = 8,
-    n_samples: int | None = None,
-) -> dict[str, Deviation]:
-    """Layer -> deviation when it alone is quantized, for all layers in one pass."""
-    sums = _alone(frozen, projected, source, execution, batch, n_samples)
-    return {name: entry.deviation() for name, entry in sums.items()}
-
-
 def _alone(
     frozen: FrozenModel,
     projected: ProjectedPlan,

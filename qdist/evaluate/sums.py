@@ -69,17 +69,26 @@ class Sums:
 
     def deviation(self) -> Deviation:
         """What the sums come to; perfect agreement when nothing was added."""
-        if self._is_broken:
-            inf = float("inf")
-            return Deviation(cosine=0.0, relative_l2=inf, mse=inf, mae=inf, sqnr_db=-inf)
-        if self._n == 0 or self._square == 0.0:
-            return Deviation(cosine=1.0, relative_l2=0.0, mse=0.0, mae=0.0, sqnr_db=float("inf"))
-        norms = np.sqrt(self._ff) * np.sqrt(self._qq)
-        relative = float(np.sqrt(self._square / self._ff)) if self._ff else float("inf")
-        return Deviation(
-            cosine=self._fq / float(norms) if norms else 0.0,
-            relative_l2=relative,
-            mse=self._square / self._n,
-            mae=self._absolute / self._n,
-            sqnr_db=float(-20 * np.log10(relative)) if np.isfinite(relative) else float("-inf"),
-        )
+        square = float("inf") if self._is_broken else self._square
+        return deviation_of(self._ff, self._qq, self._fq, square, self._absolute, self._n)
+
+
+def deviation_of(
+    ff: float, qq: float, fq: float, square: float, absolute: float, n: int
+) -> Deviation:
+    """From sums over ``n`` values of f*f, q*q, f*q, (q-f)^2 and abs(q-f); an infinite ``square``
+    says that values are infinite or NaN in the quantized model alone."""
+    inf = float("inf")
+    if not np.isfinite(square):
+        return Deviation(cosine=0.0, relative_l2=inf, mse=inf, mae=inf, sqnr_db=-inf)
+    if n == 0 or square == 0.0:
+        return Deviation(cosine=1.0, relative_l2=0.0, mse=0.0, mae=0.0, sqnr_db=inf)
+    norms = np.sqrt(ff) * np.sqrt(qq)
+    relative = float(np.sqrt(square / ff)) if ff else inf
+    return Deviation(
+        cosine=fq / float(norms) if norms else 0.0,
+        relative_l2=relative,
+        mse=square / n,
+        mae=absolute / n,
+        sqnr_db=float(-20 * np.log10(relative)) if np.isfinite(relative) else -inf,
+    )

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from qdist.plan.choice import LayerChoice
 from qdist.search.ahead import if_rest_fails
+from qdist.search.problem import SearchProblem
 from qdist.search.trial import Candidate, Choices, Trial, best_of, choices_key
 
 
@@ -173,3 +174,13 @@ def _ordered(
     """By sensitivity; layers without one count as insensitive; graph order on ties."""
     sign = -1.0 if descending else 1.0
     return sorted(layers, key=lambda name: sign * sensitivity.get(name, 0.0))
+
+
+def greedy_for(problem: SearchProblem, settings: GreedySettings) -> Greedy:
+    """The strategy for a problem: its low precision is left out where no layer may have it."""
+    sensitivity: dict[str, dict[str, float]] = {}
+    for name, known in problem.sensitivity.items():
+        for choice, error in known.items():
+            sensitivity.setdefault(choice.precision, {}).setdefault(name, error)
+    n_weights = {layer.name: layer.n_weights for layer in problem.layers}
+    return Greedy(problem.plain, sensitivity, settings, n_weights)

@@ -18,6 +18,7 @@ from qdist.evaluate.scorer import Scorer
 from qdist.model.graph import Graph
 from qdist.plan.planner import Planner
 from qdist.plan.target import Target
+from qdist.search.strategies import check_strategy
 
 
 def run(context: Context[TuneSettings]) -> None:
@@ -31,7 +32,10 @@ def run(context: Context[TuneSettings]) -> None:
     target = domain.target(settings.target)
     evaluation = domain.evaluation(settings.evaluation, settings.data)
     domain.default_choice(settings.quantization)
-    domain.greedy(settings.search)
+    check_strategy(settings.search.strategy)
+    domain.search_settings(settings.search, 1.0)
+    domain.space(settings.search, settings.quantization.precision, target, None)
+    domain.latency(settings.search)
     mix_of(settings.quantization)
     _check_precisions(settings, target)
     context.make_folder()
@@ -65,7 +69,7 @@ def run(context: Context[TuneSettings]) -> None:
             )
         if found.outcome.stopped == "interrupt" and not found.outcome.trials:
             raise KeyboardInterrupt
-        best = keep_best(context, frozen, planner, target, found.outcome.trials)
+        best = keep_best(context, frozen, planner, target, found)
         report(context, frozen, before, best, found, merged.notes, run_)
         if found.outcome.stopped == "interrupt":
             raise KeyboardInterrupt

@@ -25,7 +25,7 @@ from qdist.report.page import write_page
 from qdist.report.tables import summary_table, trial_table
 from qdist.report.values import Summary, TrialRow
 from qdist.search.front import front_of
-from qdist.search.trial import Trial, best_of
+from qdist.search.trial import Trial
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,10 +44,10 @@ def keep_best(
     frozen: FrozenModel,
     planner: Planner,
     target: Target,
-    trials: list[Trial],
+    found: Found,
 ) -> Best:
     """Write the best trial again, checked, and compare its layers. Raises QD706 if none scored."""
-    trial = best_of(trials)
+    trial, trials = found.answer, found.outcome.trials
     if trial is None or trial.report is None:
         raise EvaluationError(
             "QD706",
@@ -152,17 +152,16 @@ def _log_parent(
             "qdist.stopped": outcome.stopped,
         },
     )
-    on_front = front_of(outcome.trials)
+    on_front = front_of(outcome.trials, lambda trial: found.problem.cost(trial.candidate.choices))
     numbers = {trial.candidate.number for trial in on_front}
     front = [row for row in rows if row.number in numbers]
     parent.log_table([_front_row(row) for row in front], "front.csv")
     page = write_front_page(folder / "front.html", rows, numbers, best.report, before.score)
-    precisions = list(found.sensitivities)
-    names = dict.fromkeys(name for values in found.sensitivities.values() for name in values)
     parent.log_table(
         [
-            {"layer": name, **{p: found.sensitivities[p].get(name, "") for p in precisions}}
-            for name in names
+            {"layer": name, **choice.to_json(), "relative_l2": error}
+            for name, errors in found.problem.sensitivity.items()
+            for choice, error in errors.items()
         ],
         "sensitivities.csv",
     )

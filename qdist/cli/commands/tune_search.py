@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qdist.cli import domain
 from qdist.cli.commands import steps
+from qdist.cli.commands.searching import search_problem
 from qdist.cli.commands.tune_log import TrialLog
 from qdist.cli.context import Context
 from qdist.cli.progress import bar
 from qdist.cli.schema import TuneSettings
 from qdist.cli.tracking import Run
-from qdist.data.source import DataSource
 from qdist.digest import digest_json
 from qdist.errors import ConfigError
-from qdist.evaluate.compare import sensitivity
 from qdist.evaluate.identity import evaluation_identity
 from qdist.evaluate.report import EvalReport
 from qdist.evaluate.scorer import Scorer
 from qdist.files import write_json
 from qdist.model.freeze import FrozenModel
 from qdist.model.session import fingerprint
-from qdist.plan.choice import LayerChoice
 from qdist.plan.planner import Planner
 from qdist.plan.target import Target
+from qdist.search.front import answer_of
+from qdist.search.problem import SearchProblem
 from qdist.search.strategies import make_strategy
-from qdist.search.trial import Strategy, Trial, best_of
+from qdist.search.trial import Trial, best_of
 
 if TYPE_CHECKING:  # importing Ray costs half a second that --help should not pay
     from actors.outcome import Outcome
@@ -37,18 +37,18 @@ if TYPE_CHECKING:  # importing Ray costs half a second that --help should not pa
 
 TRIALS = "trials"
 _RUN = "tune.run.json"
-Sensitivities = dict[str, dict[str, float]]
-"""Precision -> layer -> relative L2 error when that layer alone has it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """What the search left: its trials, where they lie, their runs, and what it knew before."""
+    """What the search left: its trials, where they lie, their runs, what it knew before, and the
+    trial that it ends with; None where none has a score."""
 
     outcome: Outcome
     folder: Path
     log: TrialLog
-    sensitivities: Sensitivities
+    problem: SearchProblem
+    answer: Trial | None
 
 
 def search(
@@ -72,7 +72,12 @@ def search(
     settings = context.settings
     planner = chosen.planner
     with context.working("measuring how sensitive each layer is"):
-        errors = _sensitivities(context, frozen, chosen, pinned, target, calibrated.source)
+        problem = search_problem(
+            context, planner, target, calibrated, chosen.choices, pinned, before
+        )
+    wanted = domain.search_settings(
+        settings.search, problem.cost(chosen.choices), per_channel=target.per_channel
+    )
     setup = TrialSetup(
         frozen=frozen,
         record=calibrated.merged.record,
@@ -104,7 +109,7 @@ def search(
             drawing.say(_line(trial))
 
         outcome = tune(
-            _strategy(settings, chosen, errors, target),
+            make_strategy(settings.search.strategy, problem, wanted),
             setup,
             domain.cluster(settings.cluster),
             book,
@@ -116,22 +121,12 @@ def search(
             Hooks(on_trial=on_trial, on_message=drawing.say),
         )
     context.say(_ended(outcome, settings))
-    return Found(outcome=outcome, folder=folder, log=log, sensitivities=errors)
-
-
-def _strategy(
-    settings: TuneSettings, chosen: steps.Chosen, errors: Sensitivities, target: Target
-) -> Strategy:
-    planner = chosen.planner
-    return make_strategy(
-        settings.search.strategy,
-        chosen.choices,
-        errors,
-        # What the target would refuse in every trial is not tried.
-        replace(
-            domain.greedy(settings.search), granularity="channel" if target.per_channel else None
-        ),
-        {layer.name: planner.weight_elements(layer) for layer in planner.choosable()},
+    return Found(
+        outcome=outcome,
+        folder=folder,
+        log=log,
+        problem=problem,
+        answer=answer_of(outcome.trials, problem, target=wanted.target, budget=wanted.budget),
     )
 
 
@@ -195,41 +190,6 @@ def forget_run(context: Context[TuneSettings]) -> None:
 
 def _config(context: Context[TuneSettings]) -> str:
     return digest_json(_plain(dict(context.config)))
-
-
-def _sensitivities(
-    context: Context[TuneSettings],
-    frozen: FrozenModel,
-    chosen: steps.Chosen,
-    pinned: set[str],
-    target: Target,
-    source: DataSource,
-) -> Sensitivities:
-    """``pinned`` layers, which the user has a rule for, are left out, and so left alone."""
-    search = context.settings.search
-    planner, choices = chosen.planner, chosen.choices
-    base = context.settings.quantization.precision
-    choosable = {layer.name for layer in planner.choosable()} - pinned
-    found: Sensitivities = {}
-    for precision in dict.fromkeys(p for p in (base, search.low) if p is not None):
-        tried = {
-            name: LayerChoice(**{**choice.to_json(), "precision": precision})
-            for name, choice in choices.items()
-        }
-        deviations = sensitivity(
-            frozen,
-            target.project(planner.plan(tried)),
-            source,
-            context.execution,
-            batch=context.settings.compare.batch,
-            n_samples=search.sensitivity_samples,
-        )
-        found[precision] = {
-            name: deviation.relative_l2
-            for name, deviation in deviations.items()
-            if name in choosable
-        }
-    return found
 
 
 def _line(trial: Trial) -> str:
