@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_models import Case, stories_case
-from bench_stubs import Given, driver, no_report, tracking
+from bench_stubs import Given, driver, tracking
 
 from actors.outcome import Hooks
 from actors.session import ClusterSpec
@@ -225,7 +225,7 @@ def _measured(subject: Subject, folder: Path, n: int, workers: int) -> dict[str,
     )
     with open_tracker(tracked, spool_folder=folder) as tracker:
         parent = tracker.start_run("bench", command="tune", config={})
-        log = TrialLog(parent, book.folder, "stories260K", "all", no_report())
+        log = TrialLog(parent, book.folder, "stories260K", "all")
 
         def on_trial(trial: Trial) -> None:
             ends.append(time.perf_counter())

@@ -65,18 +65,6 @@ class Idle:
         )
 
 
-def no_report() -> EvalReport:
-    """Of a float model that was not scored."""
-    return EvalReport(
-        score=0.0,
-        metric="score",
-        higher_is_better=True,
-        metrics={"score": 0.0},
-        n_samples=None,
-        seconds=0.0,
-    )
-
-
 def _stub_candidates(n: int, n_layers: int = 60) -> list[Candidate]:
     """Different plans of a model of ``n_layers`` layers."""
     names = [f"/layer.{i}/MatMul" for i in range(n_layers)]
@@ -126,7 +114,7 @@ def tracking(folder: Path, n: int = 500) -> dict[str, Any]:
     worker = Idle()
     with open_tracker(tracked, spool_folder=folder) as tracker:
         parent = tracker.start_run("many", command="tune", config={})
-        log = TrialLog(parent, folder / "none", "stub", "all", no_report())
+        log = TrialLog(parent, folder / "none", "stub", "all")
         with log:
             for candidate in _stub_candidates(n):
                 task = TrialTask(
