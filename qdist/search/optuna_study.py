@@ -168,8 +168,9 @@ class Study:
         # What no method takes would make two plans of one.
         settings: dict[str, int | float | str] = {}
         for method in sorted(methods):
-            settings |= applicable(method, given)
-        settings |= {k: parameters[k] for k in ("n_samples", "smoothing") if k in parameters}
+            settings.update(applicable(method, given))
+        whole = ("n_samples", "smoothing")
+        settings.update({k: parameters[k] for k in whole if k in parameters})
         shown = {k: parameters[k] for k in ("saturation", "granularity") if k in parameters}
         label = ", ".join(
             f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}"
