@@ -71,7 +71,8 @@ class Study:
     def __init__(self, problem: SearchProblem, settings: StudySettings) -> None:
         self._problem = problem
         self._settings = settings
-        self._proposals = Proposals(problem, settings.max_trials)
+        # A round is always made whole, so that a search with more trials goes on with it.
+        self._proposals = Proposals(problem, settings.max_trials + settings.round_size)
         self._distributions = _distributions(settings.space)
         if not self._distributions:
             raise ConfigError(
@@ -84,6 +85,7 @@ class Study:
         self._study = _open(problem, settings)
         self._stored = self._study.get_trials(deepcopy=False)
         self._n_seen = 0
+        self._n_asked = 0
         self._numbers: dict[int, int] = {}
         self._values: dict[int, list[float]] = {}
 
@@ -91,11 +93,13 @@ class Study:
         """The next round; empty when the search is over."""
         self._proposals.next_round()
         if self._proposals.round == 0:
+            self._n_asked = 1
             plain = self._proposals.make("plain", self._problem.plain)
             return [plain] if plain else []
+        room = self._settings.max_trials - self._n_asked
         found: list[Candidate] = []
         n_known = 0
-        while len(found) < self._settings.round_size and not self._proposals.is_full:
+        while room > 0 and len(found) < self._settings.round_size:
             number, candidate = self._propose()
             if candidate is not None:
                 self._numbers[candidate.number] = number
@@ -105,6 +109,8 @@ class Study:
             n_known += 1
             if n_known >= _ATTEMPTS:
                 break
+        found = found[:room]
+        self._n_asked += len(found)
         return found
 
     def tell(self, trials: Iterable[Trial]) -> None:
@@ -171,10 +177,12 @@ class Study:
             settings.update(applicable(method, given))
         whole = ("n_samples", "smoothing")
         settings.update({k: parameters[k] for k in whole if k in parameters})
-        shown = {k: parameters[k] for k in ("saturation", "granularity") if k in parameters}
+        shown: dict[str, Any] = {
+            k: parameters[k] for k in ("saturation", "granularity") if k in parameters
+        }
         label = ", ".join(
             f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}"
-            for k, v in {**shown, **settings}.items()
+            for k, v in (*shown.items(), *settings.items())
         )
         return label, choices, settings
 
