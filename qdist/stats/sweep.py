@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
+from numba import carray
 from numba.core import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
@@ -45,6 +46,9 @@ NO_HIGH = -0x80000000
 NO_CHANNELS, LANES, RUNS = range(3)
 """How channels lie in a flat tensor: not wanted; element ``i`` belongs to lane ``i % n``; ``inner``
 elements in a row belong to one channel."""
+
+N_LAYOUT = 4
+"""Columns that say how a tensor is swept: elements, layout, ``inner``, lanes or channels."""
 
 _SIGN = np.uint32(0x80000000)
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
@@ -388,7 +392,7 @@ def _keep_largest(top: NDArray[np.uint32], n: int, limit: int) -> Any:
     for i in range(n):
         key = top[i]
         top[kept] = key
-        kept += np.int64(key > low)
+        kept += int(key > low)
     # Of keys equal to the bound, as many as there is room for.
     while kept < limit:
         top[kept] = low
@@ -410,7 +414,7 @@ def _push_key(key: Any, top: NDArray[np.uint32], limit: int, state: NDArray[np.i
     state[3] = n + 1
 
 
-@intrinsic  # type: ignore[misc, untyped-decorator]
+@intrinsic  # type: ignore[untyped-decorator]
 def _within(typing: Any, bits: Any, start: Any, floor: Any, span: Any) -> Any:
     """Which of 64 values from ``start`` on have a key of magnitude in ``floor`` to ``floor + span``
     - 1: bit ``i`` of the result is for value ``i``. A few wide instructions on any processor."""
@@ -436,7 +440,7 @@ def _within(typing: Any, bits: Any, start: Any, floor: Any, span: Any) -> Any:
     return types.uint64(bits, types.intp, types.uint32, types.uint32), generate
 
 
-@intrinsic  # type: ignore[misc, untyped-decorator]
+@intrinsic  # type: ignore[untyped-decorator]
 def _lowest_bit(typing: Any, word: Any) -> Any:
     """Place of the lowest bit that is set, of a word that is not zero."""
 
@@ -803,6 +807,84 @@ def sweep_rows(
     least, greatest = _keys_of(low, high, lows, highs)
     state[0] = min(state[0], np.int64(least))
     state[1] = max(state[1], np.int64(greatest))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _pointer_to(typing: Any, address: Any) -> Any:
+    """The address of an array as what `numba.carray` takes."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), generate
+
+
+@compiled
+def sweep_many(
+    addresses: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    first: int,
+    layouts: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    all_lows: NDArray[np.int32],
+    all_highs: NDArray[np.int32],
+    states: NDArray[np.int64],
+    tops: NDArray[np.uint32],
+    limit: int,
+    page_of: NDArray[np.int32],
+    pool: NDArray[np.uint64],
+    used: NDArray[np.int64],
+    scratch: NDArray[np.uint16],
+    clean: NDArray[np.uint32],
+) -> int:
+    """Sweep the contiguous float32 tensors at ``addresses``, from the ``first`` on; which it came
+    to: all, or as far as there are free pages.
+
+    ``layouts`` int64[n_rows, 4] says how the tensor of a row is swept, and ``starts`` where its
+    lanes are in ``all_lows`` and ``all_highs``.
+    """
+    for i in range(first, rows.size):
+        if used[0] + 1024 > len(pool):
+            return i
+        row = rows[i]
+        size, layout, inner, n_lanes = layouts[row]
+        bits = carray(_pointer_to(addresses[i]), (size,), np.uint32)
+        lows = all_lows[starts[row] : starts[row] + n_lanes]
+        highs = all_highs[starts[row] : starts[row] + n_lanes]
+        if layout == 1 and 64 <= n_lanes <= 2048 and size % n_lanes == 0 and size >= 1536:
+            sweep_rows(
+                bits,
+                lows,
+                highs,
+                row,
+                states,
+                tops,
+                limit,
+                page_of,
+                pool,
+                used,
+                scratch,
+                clean,
+            )
+        else:
+            sweep(
+                bits,
+                0,
+                layout,
+                inner,
+                lows,
+                highs,
+                row,
+                states,
+                tops,
+                limit,
+                page_of,
+                pool,
+                used,
+                scratch,
+                clean,
+            )
+    return rows.size
 
 
 @compiled
