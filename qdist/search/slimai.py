@@ -81,7 +81,7 @@ class SmartSearch:
         problem = self._problem
         choices = dict(problem.plain)
         for layer in problem.layers:
-            option = _option(level, problem.options[layer.name])
+            option = _option(level, problem.options[layer.name], has_weights=layer.n_weights > 0)
             if option is not None:
                 choices[layer.name] = replace(option, saturation="max", th_scale=value / 100)
         return self._proposals.make(f"accuracy_level {level}, range {value}", choices)
@@ -142,9 +142,16 @@ def parse(text: str, file: str, *, max_trials: int = 1000) -> SlimAISettings:
     )
 
 
-def _option(level: int, options: tuple[LayerChoice, ...]) -> LayerChoice | None:
+def _option(
+    level: int, options: tuple[LayerChoice, ...], *, has_weights: bool
+) -> LayerChoice | None:
+    """The first option of a level; of a layer without weights any granularity is the level's."""
     precision, granularity = ACCURACY_LEVELS[level]
-    wanted = [o for o in options if (o.precision, o.granularity) == (precision, granularity)]
+    wanted = [
+        option
+        for option in options
+        if option.precision == precision and (option.granularity == granularity or not has_weights)
+    ]
     return wanted[0] if wanted else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -37,8 +38,8 @@ def problem() -> SearchProblem:
     return SearchProblem(
         plain=dict.fromkeys(NAMES, OPTIONS[0]),
         layers=(
-            SearchLayer(name="a", op_type="Conv", position=0),
-            SearchLayer(name="b", op_type="Gemm", position=1, sources=("a",)),
+            SearchLayer(name="a", op_type="Conv", position=0, n_weights=9),
+            SearchLayer(name="b", op_type="Gemm", position=1, n_weights=9, sources=("a",)),
         ),
         groups=(("a",), ("b",)),
         options={"a": OPTIONS, "b": tuple(o for o in OPTIONS if o.granularity == "channel")},
@@ -99,6 +100,13 @@ def test_what_a_level_and_a_range_are() -> None:
     assert {high.choices[n].precision for n in "ab"} == {"int16"}
     assert high.choices["b"].th_scale == 0.92
     assert high.changed == ("a", "b")
+
+
+def test_a_layer_without_weights_has_any_granularity() -> None:
+    relu = SearchLayer(name="b", op_type="Relu", position=1, sources=("a",))
+    mixed = replace(problem(), layers=(problem().layers[0], relu))
+    _, (low,) = rounds(SmartSearch(mixed, SlimAISettings(accuracy_levels=(0,), ranges=(92,))))
+    assert low.choices["b"] == replace(OPTIONS[0], saturation="max", th_scale=0.92)
 
 
 @given(RANGES)
