@@ -71,6 +71,11 @@ def parse(text: str, file: str, chip: str) -> IcraftConfig:
     table = tables.get(TABLE)
     if not isinstance(table, Mapping):
         raise _refuse("QD106", file, f"tables {list(tables)}", f"[{TABLE}]", "add this table")
+    return from_table(table, file, chip)
+
+
+def from_table(table: Mapping[str, Any], file: str, chip: str) -> IcraftConfig:
+    """The same from the keys of the table, that ``file`` is named for. Raises as `parse`."""
     known = (*_KEYS, *TARGETS, *IDLE)
     for key in table:
         if key not in known:

@@ -234,7 +234,7 @@ def test_performance_tries_methods_before_precision() -> None:
     assert scores == pytest.approx([0.699, 0.669, 0.789, 0.978])
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     CHAINS,
     st.sampled_from(PRIORITIES),

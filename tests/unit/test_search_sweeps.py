@@ -7,7 +7,7 @@ from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qdist.errors import ConfigError
@@ -21,7 +21,9 @@ from qdist.search.knight import (
     ranked,
 )
 from qdist.search.problem import SearchLayer, SearchProblem
+from qdist.search.settings import SearchSettings
 from qdist.search.slimai import ACCURACY_LEVELS, SlimAISettings, SmartSearch, halved, parse
+from qdist.search.strategies import make_strategy
 from qdist.search.trial import Candidate, Strategy, Trial
 from qdist.targets import load_target
 
@@ -72,6 +74,7 @@ RANGES = st.sets(st.integers(1, 100), min_size=1, max_size=20).map(lambda s: tup
 LEVELS = st.sets(st.sampled_from(sorted(ACCURACY_LEVELS)), min_size=1).map(tuple)
 
 
+@settings(max_examples=25)
 @given(LEVELS, RANGES, st.integers(1, 30))
 def test_smart_search_has_every_level_with_every_range_once(
     levels: tuple[int, ...], ranges: tuple[int, ...], most: int
@@ -180,6 +183,7 @@ def test_mistakes_in_a_slimai_cfg(text: str, code: str) -> None:
     assert "net.cfg" in str(caught.value)
 
 
+@settings(max_examples=40)
 @given(
     st.lists(st.sampled_from(["all", *QUANT_MODES]), min_size=1, max_size=6).map(tuple),
     st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple),
@@ -292,3 +296,40 @@ def test_a_strategy_in_a_users_own_file(tmp_path: Path) -> None:
     ]
     assert asked[1].choices["a"].precision == "int16"
     assert asked[1].why == {"a": "trial 1"}
+
+
+def test_strategies_by_name(tmp_path: Path) -> None:
+    options = {"accuracy_level": [0, 2], "range": "92:96:2"}
+    found = make_strategy("smart_search", problem(), SearchSettings(options=options, max_trials=5))
+    assert sum(len(each) for each in rounds(found)) == 5
+    file = tmp_path / "quant_autotune_config.toml"
+    file.write_text("[AutoTune]\nround_num = 3\n")
+    for chosen in ({"config": str(file)}, {"round_num": 3, "chip": "zhuge"}):
+        strategy = make_strategy("icraft", problem(), SearchSettings(options=chosen))
+        (plain,) = strategy.ask()
+        assert plain.wants_layers
+        assert plain.label == "plain"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "code"),
+    [
+        ("smart_search", {"accuracy_level": 0}, "QD105"),
+        ("smart_search", {"accuracy_level": 0, "range": 92, "ranges": 92}, "QD102"),
+        ("smart_search", {"accuracy_level": 9, "range": 92}, "QD104"),
+        ("icraft", {"chip": "other"}, "QD104"),
+        ("icraft", {"rounds": 3}, "QD102"),
+        ("icraft", {"config": "none.toml"}, "QD106"),
+        ("icraft", {"config": "none.toml", "round_num": 3}, "QD107"),
+    ],
+)
+def test_mistakes_in_options(name: str, options: dict[str, object], code: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_strategy(name, problem(), SearchSettings(options=options))
+    assert caught.value.code == code
+
+
+def test_icraft_needs_a_round() -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_strategy("icraft", problem(), SearchSettings(max_trials=1))
+    assert caught.value.code == "QD104"
