@@ -77,7 +77,7 @@ def test_parts_of_a_small_budget_give_the_same(
     plans = [projected(planner, name) for name in PRECISIONS]
     whole = sensitivities(frozen, plans, source, EXECUTION)
     sizes: list[int] = []
-    original = module.twin_sums
+    original = twin_sums
 
     def counted(*args: object, **options: object) -> object:
         made = original(*args, **options)  # type: ignore[arg-type]
