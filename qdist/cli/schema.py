@@ -338,7 +338,9 @@ class TrackingConfig(Group):
     enabled: bool = Field(True, description="record runs")
     uri: str = Field(description="sqlite:///FILE or http(s)://SERVER")
     experiment: str = Field("qdist", description="created if missing")
-    artifacts: Literal["all", "best", "none"] = Field("all", description="which files are sent")
+    artifacts: Literal["all", "front", "best", "none"] = Field(
+        "all", description="whose models are sent: of all trials, of the front, the best, none"
+    )
     run_name: str | None = Field(None, description="of the parent run")
 
 

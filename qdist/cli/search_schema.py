@@ -16,6 +16,12 @@ class SearchConfig(Group):
         "pareto", description="pareto, greedy, or a class of your own, FILE.py:Class"
     )
     max_trials: int = Field(12, ge=1, description="the plain plan included")
+    time_limit_s: float | None = Field(
+        None, gt=0, description="end the search after so long, with the best so far; null: never"
+    )
+    target_score: float | None = Field(
+        None, description="end after the round in which a trial scores as well as this; null: never"
+    )
     low: str | None = Field("w4a8", description="precision to lower insensitive layers to")
     high: str | None = Field("w8a16", description="precision to raise sensitive layers to")
     saturations: list[str] = Field(description="threshold methods to try")

@@ -24,7 +24,7 @@ from qdist.data.source import DataSource
 from qdist.digest import digest_json
 from qdist.emit.writer import write_model
 from qdist.evaluate.builtin import batches
-from qdist.evaluate.compare import Deviation, deviation_of
+from qdist.evaluate.sums import Deviation, deviation_of
 from qdist.model.freeze import FrozenModel
 from qdist.model.graph import Graph
 from qdist.model.session import Execution, fingerprint, folding_session, run

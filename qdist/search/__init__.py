@@ -1,6 +1,7 @@
 """What to try next. Pure ask/tell objects: no Ray, no files, no clock.
 
 ``trial``   candidates, finished trials, and how trials are ranked.
+``results``  what is kept of a plan that was scored; ``ahead`` what may be asked for next.
 ``problem``  what a strategy is given; ``settings`` what the user says; ``building`` makes one.
 ``space``   what a layer may become; ``costs`` what that costs; ``latency`` a user's table.
 ``front``   the Pareto front of verified trials.

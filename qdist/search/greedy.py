@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qdist.plan.choice import LayerChoice
+from qdist.search.ahead import if_rest_fails
 from qdist.search.problem import SearchProblem
 from qdist.search.trial import Candidate, Choices, Trial, best_of, choices_key
 
@@ -101,6 +102,10 @@ class Greedy:
             kind = self._kind_of.get(trial.candidate.number)
             if kind is not None and before is not None and trial.rank <= before.rank:
                 self._groups[kind] //= 2
+
+    def speculate(self, finished: Sequence[Trial], running: Sequence[Candidate]) -> list[Candidate]:
+        """The next round, if what still runs brings nothing."""
+        return if_rest_fails(self, finished, running)
 
     def _first_round(self) -> list[Candidate]:
         proposals = [self._candidate("plain", self._plain)]
