@@ -119,6 +119,7 @@ class RuleConfig(Group):
     th_scale: float | None = Field(None, gt=0)
     threshold: float | None = Field(None, gt=0)
     bounds: list[float] | None = None
+    table_bits: int | None = None
 
 
 class MixConfig(Group):

@@ -10,13 +10,16 @@ from dataclasses import dataclass, replace
 
 from qdist.errors import PlanError
 from qdist.numbers.cuts import Cuts, matrix_cuts, vector_cuts
+from qdist.numbers.dtype import INTEGERS
 from qdist.numbers.grid import LEAST_SCALE, FloatGrid, PowerOfTwoGrid, ScaleGrid
 from qdist.numbers.rounding import ROUNDINGS
+from qdist.numbers.table import TABLE_OPERATORS
 from qdist.plan.plan import LayerPlan, QuantizationPlan, QuantizedInput
 from qdist.plan.quantizer import BlockScales, Quantizer
 
 CUT_GRID = "m*2^-n"
 SCALE_GRIDS = ("float", "power_of_two", CUT_GRID)
+_TABLE_TYPES = (INTEGERS["int16"], INTEGERS["uint16"])
 _GRIDS: dict[str, ScaleGrid] = {
     "float": FloatGrid(),
     "power_of_two": PowerOfTwoGrid(),
@@ -39,7 +42,8 @@ class Target:
     clipped) or ``m*2^-n``: Icraft's, where the weight's scale over those of input and output is
     split into the cuts of `qdist.numbers.cuts`. ``rounding``: of weights, ``half_even`` or
     ``half_away``. ``table_bits``: functions of 16-bit tensors are tables of ``2**table_bits``
-    intervals (target-exact mode alone); None: no tables.
+    intervals (target-exact mode alone) unless a layer's choice says another length; None: no
+    tables.
     """
 
     name: str
@@ -70,6 +74,12 @@ class Target:
         """
         notes: list[str] = []
         layers = tuple(self._layer(layer, notes) for layer in plan.layers)
+        idle = [layer.name for layer in layers if _has_idle_table(layer)]
+        if idle:
+            notes.append(
+                f"table_bits means nothing to {len(idle)} layers, such as {idle[0]}: tables are "
+                "for functions of 16-bit activations"
+            )
         kept = tuple(dict.fromkeys((*plan.notes, *notes)))
         return ProjectedPlan(plan=replace(plan, layers=layers, notes=kept), target=self)
 
@@ -78,6 +88,9 @@ class Target:
             return layer
         if layer.choice.precision not in self.precisions:
             raise self._refusal(layer, layer.choice.precision, ", ".join(self.precisions))
+        if layer.choice.table_bits is not None and self.table_bits is None:
+            got = f"table_bits {layer.choice.table_bits}"
+            raise self._refusal(layer, got, "no table_bits: the target has no tables")
         for entry in layer.weights:
             self._check_weight(layer, entry.quantizer)
         for entry in (*layer.activations, *layer.outputs):
@@ -161,6 +174,14 @@ class Target:
             mend="run qdist quantize with other settings (quantization.symmetric=true, "
             "quantization.granularity=tensor), change the layer's rule, or choose another target",
         )
+
+
+def _has_idle_table(layer: LayerPlan) -> bool:
+    """Whether the layer has a length of table, and no table."""
+    if layer.choice.table_bits is None:
+        return False
+    is_16_bit = layer.choice.bits.activation_type in _TABLE_TYPES
+    return layer.op_type not in TABLE_OPERATORS or not (is_16_bit and layer.is_quantized)
 
 
 def _snapped_blocks(blocks: BlockScales, grid: ScaleGrid) -> BlockScales:
