@@ -19,6 +19,7 @@ from qdist.stats.record import CalibrationRecord
 from qdist.threshold.blocks import mean_threshold
 from qdist.threshold.clip import Levels, Threshold
 from qdist.threshold.consumer import Consumer
+from qdist.threshold.pinning import Pinning, pinning
 from qdist.threshold.registry import applicable, find_threshold, resolve
 from qdist.threshold.sentinel import keep_masked, split_sentinels
 
@@ -47,12 +48,19 @@ class ActivationRanges:
         self._settings = settings
         self._consumers: dict[str, tuple[Consumer, ...]] = {}
         self._digests: dict[str, str] = {}
+        self._pinnings: dict[tuple[str, str], Pinning] = {}
 
     @property
     def asked(self) -> Mapping[str, tuple[Consumer, ...]]:
         """Row -> the layers that the method ``auto`` judged its range by, of rows whose range it
         chose so far."""
         return self._consumers
+
+    @property
+    def pinnings(self) -> Mapping[tuple[str, str], Pinning]:
+        """Row and divergence -> how far the stored bins pin its range down, of those that were
+        found so far."""
+        return self._pinnings
 
     def levels(self, bits: int, rule: RangeRule) -> Levels:
         """The levels of a signed activation of ``bits`` bits that are in use."""
@@ -106,7 +114,11 @@ class ActivationRanges:
         if self.blocks:
             histograms = [block.histogram(row) for block in self.blocks]
             return mean_threshold(histograms, levels, rule.method, parameters).threshold
-        readers = self._readers(row) if resolve(rule.method)[0] == "auto" else ()
+        name, _ = resolve(rule.method)
+        pinned = pinning(body, levels, rule.method, parameters)
+        if pinned is not None:
+            self._pinnings[row, name] = pinned
+        readers = self._readers(row) if name == "auto" else ()
         return find_threshold(body, levels, rule.method, parameters, readers)
 
     def _readers(self, row: str) -> tuple[Consumer, ...]:

@@ -22,7 +22,7 @@ from qdist.plan.choice import LayerChoice
 from qdist.plan.granularity import MATRIX_PRODUCTS
 from qdist.plan.idle_rules import check_rules
 from qdist.plan.layer_index import find_index
-from qdist.plan.notes import plan_notes
+from qdist.plan.notes import pinning_notes, plan_notes
 from qdist.plan.plan import LayerPlan, Provenance, QuantizationPlan, QuantizedInput
 from qdist.plan.plan_settings import PlanSettings
 from qdist.plan.quantizer import Quantizer
@@ -111,7 +111,11 @@ class Planner:
             model_digest=self.graph.model.digest,
             statistics_digest=self._record.digest,
             layers=layers,
-            notes=(*notes, *plan_notes(layers, self.taps, self._ranges.asked)),
+            notes=(
+                *notes,
+                *plan_notes(layers, self.taps, self._ranges.asked),
+                *pinning_notes(layers, self.taps, self._ranges.pinnings),
+            ),
         )
 
     def check_rules(self, rules: Iterable[Rule]) -> None:
