@@ -154,8 +154,8 @@ class QuantizationConfig(Group):
 
     precision: str = Field(
         "int8",
-        description="int8, uint8, int16, uint16, w4a8, w4a16, w8a16 (weights, activations), "
-        "w4, w8 (weights alone), bf16, fp16, tf32, fp8_e4m3, fp8_e5m2 or float32",
+        description="int8, uint8, int16, uint16, int4, uint4, w4a8, u4a8, w4a16, w8a16 (weights, "
+        "activations), w4, u4, w8 (weights alone), bf16, fp16, tf32, fp8_e4m3, fp8_e5m2 or float32",
     )
     granularity: str = Field(
         "channel",
@@ -174,7 +174,9 @@ class QuantizationConfig(Group):
         None, description="use so many of an activation's bits"
     )
     saturation: str = Field(
-        "mse", description=f"range of activations: {', '.join(METHODS)}, or a vendor's name"
+        "mse",
+        description=f"range of activations: {', '.join(METHODS)}, or a vendor's name; parameters "
+        "may follow, percentile:99.9",
     )
     saturation_parameters: dict[str, Any] = Field(
         {},

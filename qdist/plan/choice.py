@@ -115,6 +115,13 @@ class LayerChoice:
             return resolve(self.weight_saturation)[0]
         return "mse" if self.bits.weight_bits == 4 else "max"
 
+    @property
+    def weight_parameters(self) -> dict[str, Any]:
+        """The parameters of `weight_method`, where any are said."""
+        if self.weight_saturation == WEIGHT_AUTO:
+            return {}
+        return resolve(self.weight_saturation)[1]
+
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
         return asdict(self)

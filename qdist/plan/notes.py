@@ -65,6 +65,12 @@ def _method_notes(layers: Sequence[LayerPlan]) -> list[str]:
         for layer in layers
         for entry in layer.activations
         if entry.quantizer.is_float and layer.choice.bits.rounds is None
+    } | {
+        (layer.choice.weight_method, entry.quantizer.method, f"the weights of {precision}")
+        for layer in layers
+        for entry in layer.weights
+        for precision in (layer.choice.precision,)
+        if entry.quantizer.is_float and layer.choice.bits.rounds is None
     }
     single = [
         layer.name
@@ -83,7 +89,7 @@ def _method_notes(layers: Sequence[LayerPlan]) -> list[str]:
         *(
             f"{asked} is for evenly spaced levels: {used} is used for {name} layers"
             for asked, used, name in sorted(floats)
-            if asked != used and used != FIXED
+            if asked not in (used, "auto") and used != FIXED
         ),
     ]
 

@@ -104,6 +104,9 @@ class Target:
         return _cut(found, notes) if self.scale_grid == CUT_GRID else found
 
     def _check_weight(self, layer: LayerPlan, quantizer: Quantizer) -> None:
+        if self.symmetric_only and any(quantizer.zero_points):
+            got = f"weights of {quantizer.dtype}, with a zero point"
+            raise self._refusal(layer, got, "a precision with signed weights, such as w4 or w4a8")
         several = quantizer.axis is not None or quantizer.blocks is not None
         if not self.per_channel and several:
             raise self._refusal(layer, "scales per channel", "quantization.granularity=tensor")

@@ -107,7 +107,7 @@ def whole(plan: ProjectedPlan, layer: str, index: int, values: Array) -> Array:
         ratio = (values / np.float32(q.scales[0])).astype(np.float64)
         rounded = round_integer(ratio, plan.target.rounding)
         return np.clip(rounded, q.low - zero, q.high - zero).astype(np.int64)
-    return q.quantize(values).astype(np.int64)
+    return q.quantize(values).astype(np.int64) - q.zero_points[0]
 
 
 # --- the reference itself -----------------------------------------------------------------------
@@ -240,6 +240,7 @@ def bias_of(name: str, constants: Mapping[str, Array]) -> Array:
     {"precision": "int8"},
     {"precision": "uint8", "granularity": "tensor"},
     {"precision": "w4a8", "granularity": "group=2"},
+    {"precision": "u4a8", "granularity": "tensor"},
     {"precision": "int16"},
     {"precision": "int8", "weight_range_bits": 6, "activation_range_bits": 7},
 ])  # fmt: skip
