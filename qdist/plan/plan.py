@@ -13,6 +13,7 @@ from qdist.errors import PlanError
 from qdist.files import write_json
 from qdist.model.layers import COMPUTE
 from qdist.plan.choice import LayerChoice
+from qdist.plan.passing import Passing
 from qdist.plan.quantizer import Quantizer
 
 SCHEMA = 2
@@ -130,13 +131,15 @@ class QuantizationPlan:
     """How every layer of one model is quantized.
 
     ``model_digest``: of the frozen model it fits. ``statistics_digest``: of the record that the
-    ranges come from. ``notes``: what the user should know.
+    ranges come from. ``notes``: what the user should know. ``passing``: which tensors have their
+    numbers from others, on targets that pass ratios on.
     """
 
     model_digest: str
     statistics_digest: str
     layers: tuple[LayerPlan, ...]
     notes: tuple[str, ...] = ()
+    passing: tuple[Passing, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -177,6 +180,7 @@ class QuantizationPlan:
             "statistics_digest": self.statistics_digest,
             "notes": list(self.notes),
             "layers": [layer.to_json() for layer in self.layers],
+            "passing": [entry.to_json() for entry in self.passing],
         }
 
     @classmethod
@@ -190,6 +194,7 @@ class QuantizationPlan:
             statistics_digest=str(value["statistics_digest"]),
             layers=tuple(LayerPlan.from_json(v) for v in value["layers"]),
             notes=tuple(value["notes"]),
+            passing=tuple(Passing.from_json(v) for v in value.get("passing", ())),
         )
 
     def save(self, path: Path) -> Path:

@@ -23,6 +23,7 @@ from qdist.plan.granularity import MATRIX_PRODUCTS
 from qdist.plan.idle_rules import check_rules
 from qdist.plan.layer_index import find_index
 from qdist.plan.notes import pinning_notes, plan_notes
+from qdist.plan.passing import find_passing
 from qdist.plan.plan import LayerPlan, Provenance, QuantizationPlan, QuantizedInput
 from qdist.plan.plan_settings import PlanSettings
 from qdist.plan.quantizer import Quantizer
@@ -64,6 +65,7 @@ class Planner:
         self._ranges = ActivationRanges(
             graph, record, taps, self.layers, self.settings, self._blocks
         )
+        self._passing = find_passing(graph)
         self._activations = ActivationQuantizers(graph, taps, self._ranges, self._rules)
         self._weights = WeightQuantizers(graph, self._rules)
 
@@ -111,6 +113,7 @@ class Planner:
             model_digest=self.graph.model.digest,
             statistics_digest=self._record.digest,
             layers=layers,
+            passing=self._passing,
             notes=(
                 *notes,
                 *plan_notes(layers, self.taps, self._ranges.asked),

@@ -14,6 +14,7 @@ from qdist.numbers.dtype import INTEGERS
 from qdist.numbers.grid import LEAST_SCALE, FloatGrid, PowerOfTwoGrid, ScaleGrid
 from qdist.numbers.rounding import ROUNDINGS
 from qdist.numbers.table import TABLE_OPERATORS
+from qdist.plan.passing_on import passed_on
 from qdist.plan.plan import LayerPlan, QuantizationPlan, QuantizedInput
 from qdist.plan.quantizer import BlockScales, Quantizer
 
@@ -74,6 +75,10 @@ class Target:
         """
         notes: list[str] = []
         layers = tuple(self._layer(layer, notes) for layer in plan.layers)
+        if self.scale_grid == CUT_GRID:
+            several = self.activation_channels
+            layers = passed_on(layers, plan.passing, notes, several=several)
+            layers = tuple(_cut(layer, notes) for layer in layers)
         idle = [layer.name for layer in layers if _has_idle_table(layer)]
         if idle:
             notes.append(
@@ -95,13 +100,12 @@ class Target:
             self._check_weight(layer, entry.quantizer)
         for entry in (*layer.activations, *layer.outputs):
             self._check_activation(layer, entry)
-        found = replace(
+        return replace(
             layer,
             activations=tuple(self._input(layer, entry, notes) for entry in layer.activations),
             weights=tuple(self._rounded(self._input(layer, e, notes)) for e in layer.weights),
             outputs=tuple(self._input(layer, entry, []) for entry in layer.outputs),
         )
-        return _cut(found, notes) if self.scale_grid == CUT_GRID else found
 
     def _check_weight(self, layer: LayerPlan, quantizer: Quantizer) -> None:
         if self.symmetric_only and any(quantizer.zero_points):
@@ -204,6 +208,8 @@ def _cut(layer: LayerPlan, notes: list[str]) -> LayerPlan:
     if not is_one or layer.weights[0].quantizer.is_float or layer.op_type not in _CUT_OPERATORS:
         return layer
     (entry,), (source,), (result,) = layer.weights, layer.activations, layer.outputs
+    if source.quantizer.axis is not None or result.quantizer.axis is not None:
+        return layer
     ratio = source.quantizer.scales[0] / result.quantizer.scales[0]
     normalized = [scale * ratio for scale in entry.quantizer.scales]
     cuts = cuts_of(layer, normalized)
