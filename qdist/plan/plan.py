@@ -75,7 +75,9 @@ class LayerPlan:
     the layer that it is computed together with, whose choice holds for both. ``outputs``: how the
     results are stored, where statistics tell: those of the last layer that is computed together
     with this one. Floating-point types round there; integer targets requantize there.
-    ``is_depthwise``: a convolution of every channel by itself.
+    ``is_depthwise``: a convolution of every channel by itself. ``bias_bounds``: the largest
+    magnitude that is added to each output channel (or one for all), biases of layers that are
+    computed together with this one included; empty for none that is constant.
     """
 
     name: str
@@ -88,6 +90,7 @@ class LayerPlan:
     fused_with: str | None = None
     outputs: tuple[QuantizedInput, ...] = ()
     is_depthwise: bool = False
+    bias_bounds: tuple[float, ...] = ()
 
     @property
     def is_quantized(self) -> bool:
@@ -107,6 +110,7 @@ class LayerPlan:
             "fused_with": self.fused_with,
             "outputs": [entry.to_json() for entry in self.outputs],
             "is_depthwise": self.is_depthwise,
+            "bias_bounds": list(self.bias_bounds),
         }
 
     @classmethod
@@ -123,6 +127,7 @@ class LayerPlan:
             fused_with=value["fused_with"],
             outputs=tuple(QuantizedInput.from_json(v) for v in value.get("outputs", ())),
             is_depthwise=bool(value.get("is_depthwise", False)),
+            bias_bounds=tuple(value.get("bias_bounds", ())),
         )
 
 

@@ -18,6 +18,7 @@ from qdist.model.layers import VIEWS, Layer, LayerInput
 from qdist.model.taps import TapTable
 from qdist.plan.activation_quantizers import ActivationQuantizers
 from qdist.plan.activation_range import ActivationRanges
+from qdist.plan.biases import find_bias_bounds
 from qdist.plan.choice import LayerChoice
 from qdist.plan.granularity import MATRIX_PRODUCTS
 from qdist.plan.idle_rules import check_rules
@@ -66,6 +67,7 @@ class Planner:
             graph, record, taps, self.layers, self.settings, self._blocks
         )
         self._passing = find_passing(graph)
+        self._bias_bounds = find_bias_bounds(graph, self.layers, self.fused)
         self._activations = ActivationQuantizers(graph, taps, self._ranges, self._rules)
         self._weights = WeightQuantizers(graph, self._rules)
 
@@ -174,6 +176,7 @@ class Planner:
             fused_with=self.fused.get(layer.name),
             outputs=self._outputs(layer, choice) if activations or weights else (),
             is_depthwise=self._is_depthwise(layer),
+            bias_bounds=self._bias_bounds.get(layer.name, ()),
         )
 
     def _quantizer(

@@ -212,7 +212,8 @@ def _cut(layer: LayerPlan, notes: list[str]) -> LayerPlan:
         return layer
     ratio = source.quantizer.scales[0] / result.quantizer.scales[0]
     normalized = [scale * ratio for scale in entry.quantizer.scales]
-    cuts = cuts_of(layer, normalized)
+    biases = [bound / result.quantizer.scales[0] for bound in layer.bias_bounds]
+    cuts = cuts_of(layer, normalized, biases)
     found = [scale.value / ratio for scale in cuts.scales]
     # What was clamped once lies on the grid's end, but for the last bit of a float32.
     n_clamped = sum(
@@ -234,13 +235,19 @@ def _cut(layer: LayerPlan, notes: list[str]) -> LayerPlan:
 _CUT_OPERATORS = ("Conv", "ConvTranspose", "MatMul", "Gemm", "Mul")
 
 
-def cuts_of(layer: LayerPlan, scales: list[float]) -> Cuts:
+def cuts_of(layer: LayerPlan, scales: list[float], biases: list[float]) -> Cuts:
     """The cuts for these normalized scales: on the vector unit alone for depthwise convolutions and
-    products, else on both."""
+    products, else on both. ``biases``: normalized, one for each scale, one in all or none; or more,
+    under one scale."""
     bits = layer.activations[0].quantizer.bits
+    if len(scales) == 1 and biases:
+        biases = [max(biases)]
+    elif len(biases) == 1:
+        biases = biases * len(scales)
+    known = biases if len(biases) == len(scales) else None
     if layer.op_type == "Mul" or layer.is_depthwise:
-        return vector_cuts(scales, bits)
-    return matrix_cuts(scales, bits)
+        return vector_cuts(scales, bits, known)
+    return matrix_cuts(scales, bits, known)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

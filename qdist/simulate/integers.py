@@ -29,7 +29,13 @@ from onnx import NodeProto
 from qdist.model import rewrite
 from qdist.model.freeze import FrozenModel
 from qdist.model.graph import attribute
-from qdist.numbers.cuts import BIAS_FACTOR, matrix_cuts, vector_cuts, vector_grid
+from qdist.numbers.cuts import (
+    BIAS_FACTOR,
+    matrix_cuts,
+    shared_scale,
+    vector_cuts,
+    vector_grid,
+)
 from qdist.numbers.rounding import round_integer
 from qdist.numbers.table import FUNCTIONS, TABLE_OPERATORS
 from qdist.plan.plan import LayerPlan
@@ -475,12 +481,12 @@ def norm_numbers(
     channel. ``weight`` and ``bias`` are normalized. The scale is the weight's, where that is not
     nearly zero, else the bias's, else 1. Biases may be beyond what their bits hold.
     """
-    high, wide = (1 << (bits - 1)) - 1, (1 << (BIAS_FACTOR * bits - 1)) - 1
-    grid = vector_grid(bits)
+    high, grid = (1 << (bits - 1)) - 1, vector_grid(bits)
     least = 2.0**-grid.n_high
-    # Snapping may take 1/256 off a scale, or half the least one.
-    by_weight, by_bias = np.abs(weight) / high, np.abs(bias) / wide * (1 + 2.0**-7) + least / 2
-    wanted = np.where(by_weight >= least / 2, by_weight, np.where(bias != 0, by_bias, 1.0))
+    wanted = [
+        shared_scale(w, b, bits) if w >= least / 2 or b else 1.0
+        for w, b in zip(np.abs(weight) / high, np.abs(bias), strict=True)
+    ]
     scales = np.array([grid.snap(float(scale)).value for scale in wanted])
     whole = np.clip(round_integer(weight / scales, "half_away"), -high, high)
     return whole, round_integer(bias / scales, "half_away"), scales

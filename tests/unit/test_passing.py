@@ -169,7 +169,6 @@ def test_both_modes_move_values_without_changing_them(
     for mode in ("artifact-exact", "target-exact"):
         artifact = emit_qdq(frozen, projected, tmp_path / f"{mode}.onnx", mode=mode)
         outputs[mode] = run(scoring_session(artifact.path, EXECUTION), None, {"x": x})
-    found = numbers(projected)
     for name, one, other in zip(("y1", "y2", "y4"), *outputs.values(), strict=True):
         outs = [e.quantizer for la in projected.plan.layers for e in la.outputs if e.tensor == name]
         assert np.abs(outs[0].applied(one) - other).max() <= 3 * outs[0].scales[0]

@@ -441,6 +441,64 @@ def test_batch_normalization_is_always_per_channel(small: float, tmp_path: Path)
     assert (off[1] > 3) == bool(saturated)
 
 
+def test_the_first_cut_leaves_room_for_the_bias(tmp_path: Path) -> None:
+    """A bias far above what is multiplied and summed fits its 16 bits where a cut allows it."""
+    bias = np.array([5.0, -4.0, 0.5, 0.0], np.float32)
+    proto = model(
+        [
+            node("Conv", ["x", "w"], ["c"], "layer"),
+            node("Add", ["c", "b"], ["y"], "bias"),
+        ],
+        [value("x", ["n", 3, 6, 6])],
+        [value("y", ["n", 4, 6, 6])],
+        {"w": normal(4, 3, 1, 1, seed=1) * 0.03, "b": bias.reshape(4, 1, 1)},
+    )
+    frozen, plan = planned(proto, {"x": (3, 6, 6)}, tmp_path, ICRAFT, granularity="tensor")
+    layer = of(plan, "layer")
+    assert layer.bias_bounds == (5.0, 4.0, 0.5, 0.0)
+    assert integer_graph(frozen, plan).notes == ()
+    ((_, _, shift),) = layer.weights[0].quantizer.cuts
+    blind = replace(
+        plan.plan,
+        layers=tuple(
+            replace(
+                la,
+                bias_bounds=(),
+                weights=tuple(
+                    replace(e, quantizer=replace(e.quantizer, cuts=())) for e in la.weights
+                ),
+            )
+            for la in plan.plan.layers
+        ),
+    )
+    other = ICRAFT.project(blind)
+    assert of(other, "layer").weights[0].quantizer.cuts[0][2] < shift
+    assert integer_graph(frozen, other).notes == ("layer: 2 biases saturate in 16 bits",)
+    x = normal(4, 3, 6, 6, seed=5)
+    (exact,) = run(scoring_session(frozen.source, EXECUTION), None, {"x": x})
+    assert np.abs(computed(frozen, plan, tmp_path, {"x": x}) - exact).max() < 0.1
+
+
+def test_a_channel_without_weights_takes_the_scale_of_its_bias(tmp_path: Path) -> None:
+    weights = normal(4, 1, 1, 1, seed=1)
+    weights[2] = 1e-7
+    proto = model(
+        [node("Conv", ["x", "w", "b"], ["y"], "layer", group=4)],
+        [value("x", ["n", 4, 6, 6])],
+        [value("y", ["n", 4, 6, 6])],
+        {"w": weights, "b": np.array([0.1, 0.2, 3.0, 0.0], np.float32)},
+    )
+    frozen, plan = planned(proto, {"x": (4, 6, 6)}, tmp_path, ICRAFT)
+    assert of(plan, "layer").is_depthwise
+    assert integer_graph(frozen, plan).notes == ()
+    x = normal(4, 4, 6, 6, seed=5)
+    (exact,) = run(scoring_session(frozen.source, EXECUTION), None, {"x": x})
+    found = computed(frozen, plan, tmp_path, {"x": x})
+    assert (
+        np.abs(found[:, 2] - exact[:, 2]).max() <= of(plan, "layer").outputs[0].quantizer.scales[0]
+    )
+
+
 # --- tables -------------------------------------------------------------------------------------
 
 
