@@ -401,6 +401,11 @@ class QuantizeSettings(CommandSettings):
         description="write a file of rules to edit, and no model: icraft, icraft_sample, "
         "icraft_manual, knight, slimai, slimai_profile or sophgo (also --template FORM)",
     )
+    template_into: str | None = Field(
+        None,
+        description="with template=sophgo or slimai_profile: your own prototxt, or a profile that "
+        "the tool dumped; a copy is written with nothing but those fields changed",
+    )
 
 
 class EvaluateSettings(CommandSettings):

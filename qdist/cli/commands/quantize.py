@@ -15,7 +15,7 @@ from qdist.errors import ArtifactError
 from qdist.files import write_text
 from qdist.model.freeze import FrozenModel
 from qdist.model.graph import Graph
-from qdist.plan.dialects.forms import TEMPLATES, unknown_form
+from qdist.plan.dialects.forms import TEMPLATES, unknown_form, write_into
 from qdist.plan.dialects.reading import Before
 from qdist.plan.layer_index import find_index
 from qdist.plan.planner import Planner
@@ -125,6 +125,7 @@ def _write_template(context: Context[QuantizeSettings], name: str, target: Targe
     if name not in TEMPLATES:
         raise unknown_form(name, "template", tuple(TEMPLATES))
     form = TEMPLATES[name]
+    given = context.settings.template_into
     settings = context.settings
     folder = context.make_folder()
     frozen = context.frozen_model()
@@ -132,13 +133,23 @@ def _write_template(context: Context[QuantizeSettings], name: str, target: Targe
         # Choices alone need no statistics.
         index = find_index(Graph(frozen, context.execution), settings.quantization.scope)
         assignment, _, notes = steps.apply_all_rules(index, settings.quantization)
-        text = form.template(Before(index=index, choices=assignment.choices))
+        before = Before(index=index, choices=assignment.choices)
+        if given is None:
+            text = form.template(before)
+        else:
+            text, more = write_into(domain.absolute(given), name, before, None)
+            notes = [*notes, *more]
     else:
         planner, _ = _planner(context, frozen)
         chosen = _chosen(context, planner, target)
         notes = list(chosen.notes)
-        if form.template is not None:
-            text = form.template(Before(index=planner.index, choices=chosen.choices))
+        before = Before(index=planner.index, choices=chosen.choices)
+        if given is not None:
+            plan = chosen.planner.plan(chosen.choices, chosen.why)
+            text, more = write_into(domain.absolute(given), name, before, plan)
+            notes += more
+        elif form.template is not None:
+            text = form.template(before)
         elif form.plan_template is not None:
             text = form.plan_template(chosen.planner.plan(chosen.choices, chosen.why))
         else:
