@@ -11,7 +11,7 @@ from qdist.cli.commands.mixing import check_data, mix_of, mixed
 from qdist.cli.context import Context
 from qdist.cli.schema import QuantizeSettings
 from qdist.emit.qdq import emit_qdq, refuse_overwriting
-from qdist.errors import ArtifactError
+from qdist.errors import ArtifactError, ConfigError
 from qdist.files import write_text
 from qdist.model.freeze import FrozenModel
 from qdist.model.graph import Graph
@@ -38,6 +38,14 @@ def run(context: Context[QuantizeSettings]) -> None:
     if settings.template is not None:
         _write_template(context, settings.template, target)
         return
+    if settings.template_into is not None:
+        raise ConfigError(
+            "QD105",
+            where="template_into",
+            got="no template",
+            expected="the form that is written into the file",
+            mend="add --template sophgo, or --template slimai_profile",
+        )
     folder = context.make_folder()
     frozen = context.frozen_model()
     refuse_overwriting(frozen, folder / ARTIFACT)
