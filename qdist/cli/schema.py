@@ -120,6 +120,7 @@ class RuleConfig(Group):
     th_scale: float | None = Field(None, gt=0)
     threshold: float | None = Field(None, gt=0)
     bounds: list[float] | None = None
+    table_bits: int | None = None
 
 
 class MixConfig(Group):
@@ -154,8 +155,8 @@ class QuantizationConfig(Group):
 
     precision: str = Field(
         "int8",
-        description="int8, uint8, int16, uint16, w4a8, w4a16, w8a16 (weights, activations), "
-        "w4, w8 (weights alone), bf16, fp16, tf32, fp8_e4m3, fp8_e5m2 or float32",
+        description="int8, uint8, int16, uint16, int4, uint4, w4a8, u4a8, w4a16, w8a16 (weights, "
+        "activations), w4, u4, w8 (weights alone), bf16, fp16, tf32, fp8_e4m3, fp8_e5m2 or float32",
     )
     granularity: str = Field(
         "channel",
@@ -174,7 +175,9 @@ class QuantizationConfig(Group):
         None, description="use so many of an activation's bits"
     )
     saturation: str = Field(
-        "mse", description=f"range of activations: {', '.join(METHODS)}, or a vendor's name"
+        "mse",
+        description=f"range of activations: {', '.join(METHODS)}, or a vendor's name; parameters "
+        "may follow, percentile:99.9",
     )
     saturation_parameters: dict[str, Any] = Field(
         {},
@@ -388,6 +391,11 @@ class QuantizeSettings(CommandSettings):
         None,
         description="write a file of rules to edit, and no model: icraft, icraft_sample, "
         "icraft_manual, knight, slimai, slimai_profile or sophgo (also --template FORM)",
+    )
+    template_into: str | None = Field(
+        None,
+        description="with template=sophgo or slimai_profile: your own prototxt, or a profile that "
+        "the tool dumped; a copy is written with nothing but those fields changed",
     )
 
 
