@@ -9,7 +9,7 @@ from typing import Any
 from qdist.cli import domain
 from qdist.cli.commands import steps
 from qdist.cli.commands.mixing import mix_of, mixed
-from qdist.cli.commands.scoring import make_scorer, note_overlap
+from qdist.cli.commands.scoring import check_parts, make_scorer, note_overlap, score_unseen
 from qdist.cli.context import Context
 from qdist.cli.progress import bar
 from qdist.cli.schema import TuneSettings
@@ -53,7 +53,8 @@ def run(context: Context[TuneSettings]) -> None:
 
     settings = context.settings
     target = domain.target(settings.target)
-    evaluation = domain.evaluation(settings.evaluation, settings.data)
+    evaluation = domain.evaluation(settings.evaluation, settings.data, "search")
+    check_parts(settings)
     domain.default_choice(settings.quantization)
     domain.greedy(settings.search)
     mix_of(settings.quantization)
@@ -83,6 +84,7 @@ def run(context: Context[TuneSettings]) -> None:
             before = _float_score(context, scorer)
             trials = _search(context, frozen, chosen, pinned, target, scorer, run_, done)
         best = _keep_best(context, frozen, planner, target, trials)
+        score_unseen(context, frozen.source, best.artifact.path)
         _report(context, frozen, before, best, trials, merged.notes, run_)
 
 
