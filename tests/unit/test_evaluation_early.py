@@ -71,14 +71,14 @@ def test_equal_trials_are_stopped_no_more_often_than_the_risk() -> None:
         scores = rng.random((2, 300)) < 0.5
         # Samples that never come keep the certain rule out of this.
         best = incumbent([*scores[0], *np.zeros(600)], risk=risk)
-        stopped += Race(best).lost(scores[1].astype(float)) is not None
+        stopped += Race(best).lost([float(right) for right in scores[1]]) is not None
     assert stopped <= risk * n_trials
 
 
 def test_a_clearly_worse_trial_is_stopped_long_before_its_end() -> None:
     rng = np.random.default_rng(8)
     best, trial = rng.random(2000) < 0.9, rng.random(2000) < 0.6
-    found = Race(incumbent(best)).lost(trial.astype(float))
+    found = Race(incumbent(best)).lost([float(right) for right in trial])
     assert found is not None
     assert found < 400
 
