@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,10 +35,16 @@ from qdist.plan.rules import Rule
 from qdist.plan.selector import is_of_tensors
 from qdist.plan.target import Target
 from qdist.search.greedy import GreedySettings
+from qdist.search.latency import LatencyTable, read_latency_table
+from qdist.search.settings import SearchSettings
+from qdist.search.space import SpaceSettings
 from qdist.stats.spec import GroupRequest, StatisticsSpec
 from qdist.store.location import is_url
 from qdist.threshold.convergence import Convergence
 from qdist.threshold.registry import check_method
+
+HIGH_OPSET = 21
+"""What 4- and 16-bit Q/DQ need."""
 
 if TYPE_CHECKING:  # importing Ray costs half a second that --help should not pay
     from actors.session import ClusterSpec
@@ -354,6 +361,88 @@ def greedy(config: schema.SearchConfig) -> GreedySettings:
         max_trials=config.max_trials,
         first_share=config.first_share,
     )
+
+
+def space(
+    config: schema.SearchConfig, base: str, target: Target, opset_refusal: str | None
+) -> SpaceSettings:
+    """What layers may become. ``opset_refusal``: why the model cannot have the opset of 4- and
+    16-bit layers. Raises QD501, QD506, QD507."""
+    wanted = tuple(config.precisions) or tuple(
+        name for name in (base, config.low, config.high) if name is not None
+    )
+    for name in wanted:
+        precision(name)
+    for method in config.saturations:
+        check_method(method)
+    grains = dict.fromkeys((*config.granularities, *(("channel",) if target.per_channel else ())))
+    for name in grains:
+        LayerChoice(granularity=name)
+    for name in config.activation_granularities:
+        LayerChoice(activation_granularity=name)
+    return SpaceSettings(
+        precisions=wanted,
+        granularities=tuple(grains),
+        activation_granularities=tuple(config.activation_granularities),
+        saturations=tuple(config.saturations),
+        weight_range_bits=tuple(config.weight_range_bits),
+        activation_range_bits=tuple(config.activation_range_bits),
+        max_opset=None if opset_refusal is None else HIGH_OPSET - 1,
+    )
+
+
+def latency(config: schema.SearchConfig) -> LatencyTable | None:
+    """The user's table, where there is one. Raises QD107 where it is missing, QD511."""
+    if config.cost != "latency":
+        return None
+    if config.latency is None:
+        raise ConfigError(
+            "QD107",
+            where="search.cost=latency",
+            got="no search.latency",
+            expected="a CSV file of operator,dtype,us",
+            mend="give search.latency=FILE.csv, or another search.cost",
+        )
+    return read_latency_table(absolute(config.latency))
+
+
+def search_settings(
+    config: schema.SearchConfig, plain_cost: float, *, per_channel: bool = True
+) -> SearchSettings:
+    """What a strategy is told. ``plain_cost``: of the plain plan, which a budget in percent is of.
+    Raises QD104, QD501, QD506."""
+    # What the target would refuse in every trial is not tried.
+    own = replace(greedy(config), granularity="channel" if per_channel else None)
+    return SearchSettings(
+        max_trials=config.max_trials,
+        trials_per_round=config.trials_per_round,
+        n_budgets=config.n_budgets,
+        patience=config.patience,
+        budget=_budget(config.budget, plain_cost),
+        target=config.target,
+        include_greedy=config.include_greedy,
+        greedy=own,
+        options=config.options,
+    )
+
+
+def _budget(given: float | str | None, plain_cost: float) -> float | None:
+    if given is None:
+        return None
+    text = str(given).strip()
+    try:
+        value = float(text[:-1]) / 100 * plain_cost if text.endswith("%") else float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise ConfigError(
+            "QD104",
+            where="search.budget",
+            got=repr(given),
+            expected="a cost, or a share of the plain plan's such as 60%",
+            mend="write search.budget=1.5e6 or search.budget=60%",
+        )
+    return value
 
 
 def location(path: str) -> str:

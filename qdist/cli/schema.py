@@ -34,6 +34,7 @@ from qdist.cli.evaluation_schema import (
     FunctionConfig,
     MetricConfig,
 )
+from qdist.cli.search_schema import SearchConfig
 from qdist.threshold.registry import METHODS
 
 
@@ -255,18 +256,6 @@ class TargetConfig(Group):
     )
 
 
-class SearchConfig(Group):
-    """How the search goes."""
-
-    strategy: Literal["greedy"] = Field("greedy", description="how plans are proposed")
-    max_trials: int = Field(12, ge=1, description="the plain plan included")
-    low: str | None = Field("w4a8", description="precision to lower insensitive layers to")
-    high: str | None = Field("w8a16", description="precision to raise sensitive layers to")
-    saturations: list[str] = Field(description="threshold methods to try")
-    first_share: float = Field(0.5, gt=0, le=1, description="share of layers moved at first")
-    sensitivity_samples: int = Field(32, ge=1, description="samples to rank layers by")
-
-
 class CompareConfig(Group):
     """How layers are compared."""
 
@@ -309,7 +298,9 @@ class TrackingConfig(Group):
     enabled: bool = Field(True, description="record runs")
     uri: str = Field(description="sqlite:///FILE or http(s)://SERVER")
     experiment: str = Field("qdist", description="created if missing")
-    artifacts: Literal["all", "best", "none"] = Field("all", description="which files are sent")
+    artifacts: Literal["all", "front", "best", "none"] = Field(
+        "all", description="whose models are sent: of all trials, of the front, the best, none"
+    )
     run_name: str | None = Field(None, description="of the parent run")
 
 

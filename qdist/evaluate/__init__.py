@@ -10,6 +10,7 @@
 ``reference`` the float model's outputs, on disk.
 ``overlap``   are evaluation samples calibration samples?
 ``compare``   layer by layer, fed by float inputs and by the quantized model's own.
+``sensitivity`` all layers alone, for many choices in few runs.
 ``modes``     layer by layer, the artifact and the chip's whole numbers.
 ``dump``      outputs as text files, for tools that read them; ``blob`` one tensor as such.
 """

@@ -1,7 +1,12 @@
 """What to try next. Pure ask/tell objects: no Ray, no files, no clock.
 
 ``trial``   candidates, finished trials, and how trials are ranked.
-``problem``  what a strategy is given.
+``results``  what is kept of a plan that was scored; ``ahead`` what may be asked for next.
+``problem``  what a strategy is given; ``settings`` what the user says; ``building`` makes one.
+``space``   what a layer may become; ``costs`` what that costs; ``latency`` a user's table.
+``front``   the Pareto front of verified trials.
+``pareto``  the default strategy: probe, solve, verify, correct. ``candidates`` are its groups,
+            ``knapsack`` and ``lagrange`` solve for a budget and for many, ``correction`` learns.
 ``greedy``  hill climbing over groups of layers, most and least sensitive first.
 ``strategies``  the strategies by name.
 ``pickers``   mixed precision without a search.

@@ -7,4 +7,5 @@
 ``tables``    functions of one tensor as tables with interpolation.
 ``reference`` one layer in whole numbers, in NumPy: what ``integers`` is checked against.
 ``twins``     every quantized layer beside its float self, fed by float activations.
+``twin_sums`` twins of several plans at once, of which only sums leave the graph.
 """
