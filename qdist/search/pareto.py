@@ -15,9 +15,10 @@ the rounds close in on the cheapest plan that reaches it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from qdist.search.ahead import if_rest_fails
 from qdist.search.candidates import CandidateTable
 from qdist.search.correction import group_weights, losses
 from qdist.search.front import Front
@@ -80,6 +81,11 @@ class Pareto:
             len(self._problem.groups),
         )
         self._tell_greedy()
+
+    def speculate(self, finished: Sequence[Trial], running: Sequence[Candidate]) -> list[Candidate]:
+        """The next round, if what still runs brings nothing."""
+        shared = (self._problem, self._settings, *self._trials.values())
+        return if_rest_fails(self, finished, running, shared)
 
     def answer(self) -> Trial | None:
         """The best trial so far, by the target and the budget of the settings."""

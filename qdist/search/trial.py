@@ -70,13 +70,14 @@ class Trial:
     layers: Mapping[str, Deviation] = field(default_factory=dict)
 
     @property
-    def rank(self) -> tuple[float, float, float]:
-        """Larger is better: the score, then the smaller artifact, then output SQNR."""
+    def rank(self) -> tuple[float, float, float, float]:
+        """Larger is better: scored to the end, the score, the smaller artifact, output SQNR."""
         if self.report is None:
-            return (float("-inf"), float("-inf"), float("-inf"))
+            return (float("-inf"),) * 4
         sign = 1.0 if self.report.higher_is_better else -1.0
         closeness = self.report.metrics.get("sqnr_db", 0.0)
-        return (sign * self.report.score, -float(self.n_bytes), closeness)
+        whole = 0.0 if self.report.stopped_early else 1.0
+        return (whole, sign * self.report.score, -float(self.n_bytes), closeness)
 
 
 class Strategy(Protocol):
