@@ -5,9 +5,9 @@ The description of every key is what ``qdist COMMAND --help`` prints.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, StrictInt
+from pydantic import Field, StrictInt
 
 from qdist.cli.data_schema import (
     ArraySamples,
@@ -26,6 +26,13 @@ from qdist.cli.data_schema import (
     SourceConfig,
     TextConfig,
     TextSamples,
+)
+from qdist.cli.evaluation_schema import (
+    ClassConfig,
+    CommandConfig,
+    EvaluationConfig,
+    FunctionConfig,
+    MetricConfig,
 )
 from qdist.cli.search_schema import SearchConfig
 from qdist.threshold.registry import METHODS
@@ -252,53 +259,6 @@ class TargetConfig(Group):
     )
 
 
-class MetricConfig(Group):
-    """A named metric over data.evaluation."""
-
-    kind: Literal["metric"]
-    metric: str = Field(description="top1, top5, nll, perplexity, agreement, sqnr_db, ...")
-    batch: int = Field(32, ge=1, description="samples per run")
-    token_input: str | None = Field(None, description="the input of token ids, for text")
-
-
-class CommandConfig(Group):
-    """The user's own script."""
-
-    # `--batch 8` is words to a command, though YAML reads a number.
-    model_config = ConfigDict(coerce_numbers_to_str=True)
-
-    kind: Literal["command"]
-    command: list[str] = Field(description="program and arguments; {model} is the artifact")
-    folder: str | None = Field(None, description="copied for every run, which works in the copy")
-    timeout_s: float = Field(3600, gt=0, description="then the whole process group is ended")
-    higher_is_better: bool = Field(True, description="which way the metric ranks")
-    metric: str | None = Field(None, description="which of several named numbers is the score")
-    read: Literal["auto", "stdout", "metrics.txt", "metrics.json"] = Field(
-        "auto", description="where the metric is"
-    )
-    shell: bool = Field(False, description="give the command to /bin/sh")
-    keep: bool = Field(False, description="leave the working copy in place")
-    environment: dict[str, str] = Field({}, description="variables for the command")
-
-
-class FunctionConfig(Group):
-    """The user's own Python function."""
-
-    kind: Literal["function"]
-    target: str = Field(description="module:function or FILE.py:function, called with an executor")
-    higher_is_better: bool = Field(True, description="which way the metric ranks")
-    metric: str | None = Field(None, description="which of several named numbers is the score")
-    arguments: dict[str, Any] = Field({}, description="keyword arguments for the function")
-    batch_size: int = Field(1, ge=1, description="executor.batch_size")
-    iteration: int | None = Field(None, ge=1, description="executor.iteration")
-    dataset: str | None = Field(None, description="executor.dataset")
-
-
-EvaluationConfig = Annotated[
-    MetricConfig | CommandConfig | FunctionConfig, Field(discriminator="kind")
-]
-
-
 class CompareConfig(Group):
     """How layers are compared."""
 
@@ -484,6 +444,7 @@ __all__ = [
     "CalibrateSettings",
     "CalibrationConfig",
     "CapturedSamples",
+    "ClassConfig",
     "ClusterConfig",
     "CommandConfig",
     "CommandSettings",
