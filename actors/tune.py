@@ -16,14 +16,15 @@ from functools import partial
 from typing import TypeAlias
 
 from actors.events import Worker
-from actors.outcome import Hooks, Limits, Outcome, Stopped
+from actors.outcome import Hooks, Limits, Outcome, Stopped, incumbent_maker
 from actors.pool import Completed, Failed, Retried, WorkerLost, WorkerPool
 from actors.session import ClusterSpec, ray_session
 from actors.trial_book import TrialBook
 from actors.trial_worker import TrialSetup, TrialTask, TrialWorker, Twin
+from qdist.evaluate.early import Incumbent
 from qdist.search.ahead import Foresighted
 from qdist.search.results import PlanResult
-from qdist.search.trial import Candidate, Strategy, Trial
+from qdist.search.trial import Candidate, Strategy, Trial, best_of
 
 _Answer: TypeAlias = PlanResult | Twin
 
@@ -41,7 +42,9 @@ def tune(
     Raises QD801 to QD804; what is wrong with one candidate is the reason of its failed trial.
     """
     layers_of = "" if setup.layers is None else setup.layers.name
-    known = replace(limits or Limits(), layers_of=layers_of)
+    known = replace(
+        limits or Limits(), layers_of=layers_of, incumbent_of=incumbent_maker(setup.evaluation)
+    )
     return search(strategy, partial(TrialWorker, setup), cluster, book, known, hooks)
 
 
@@ -89,6 +92,7 @@ class _Search:
         self._hooks = hooks
         self._trials: dict[int, Trial] = {}
         self._round = _Round({})
+        self._incumbent: Incumbent | None = None
         self._running: dict[str, Candidate] = {}
         self._twins: dict[str, list[tuple[str, Candidate]]] = {}
         self._ahead: list[Candidate] = []
@@ -127,9 +131,15 @@ class _Search:
             finished = sorted(self._round.finished, key=lambda trial: trial.candidate.number)
             self._strategy.tell(finished)
             self._trials.update((trial.candidate.number, trial) for trial in finished)
+            self._incumbent = self._to_beat()
             if any(self._is_reached(trial) for trial in finished):
                 return "target"
         return "trials"
+
+    def _to_beat(self) -> Incumbent | None:
+        """What the trials of the next round have to beat."""
+        best, maker = best_of(self._trials.values()), self._limits.incumbent_of
+        return None if maker is None or best is None or best.report is None else maker(best.report)
 
     def _n_left(self) -> int:
         most = self._limits.max_trials
@@ -173,6 +183,8 @@ class _Search:
             self._submit(key, candidate)
 
     def _is_enough(self, result: PlanResult, candidate: Candidate) -> bool:
+        if not result.holds_against(self._incumbent):
+            return False
         wanted = candidate.wants_layers and self._limits.layers_of and result.report is not None
         return not wanted or result.has_layers(self._limits.layers_of)
 
@@ -187,6 +199,7 @@ class _Search:
                 wants_layers=candidate.wants_layers,
                 plans=self._book.plans,
                 session=self._book.session,
+                incumbent=self._incumbent,
             )
         )
 
@@ -215,7 +228,7 @@ class _Search:
     def _take_twin(self, key: str, candidate: Candidate, twin: Twin) -> None:
         """Wait for the task that scores the same plan, or score it after all if that has ended."""
         known = self._book.by_digest(twin.digest)
-        if known is not None:
+        if known is not None and known.holds_against(self._incumbent):
             self._known(key, replace(known, reused=True))
         elif twin.owner in self._running:
             self._twins.setdefault(twin.owner, []).append((key, candidate))
@@ -257,9 +270,10 @@ class _Search:
             self._hooks.on_trial(trial)
 
     def _run_ahead(self) -> None:
-        """Give idle workers what may be asked for next."""
+        """Give idle workers what may be asked for next. Not where trials may stop early: what the
+        next round has to beat is not known yet, and where they stop is not to depend on timing."""
         strategy = self._strategy
-        if not isinstance(strategy, Foresighted):
+        if self._limits.incumbent_of is not None or not isinstance(strategy, Foresighted):
             return
         while self._pool.n_idle and (found := self._next_ahead(strategy)) is not None:
             self._submit(*found)

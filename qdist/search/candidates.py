@@ -17,8 +17,6 @@ from qdist.search.knapsack import GroupEdge, Item, Knapsack, Pair
 from qdist.search.problem import SearchProblem
 from qdist.search.trial import Choices
 
-_UNMEASURED = 0.0
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupCandidate:
@@ -120,7 +118,12 @@ class CandidateTable:
         return min(measured, key=order)
 
     def _alone(self, name: str, choice: LayerChoice) -> float:
-        error = self._problem.sensitivity.get(name, {}).get(choice, _UNMEASURED)
+        known = self._problem.sensitivity.get(name, {})
+        error = known.get(choice)
+        if error is None:
+            # No option of the layer: the worst that was measured at its precision.
+            alike = [e for c, e in known.items() if c.precision == choice.precision]
+            error = max(alike, default=0.0)
         # What is infinitely bad is only very bad: the solver needs numbers.
         return min(error, 1e6) ** 2
 

@@ -39,8 +39,14 @@ class Costs:
     fixed: float = 0.0
 
     def of_layer(self, name: str, choice: LayerChoice) -> float:
-        """The cost of one layer alone; 0 for a layer or choice that the costs do not know."""
-        return self.layers.get(name, {}).get(choice, 0.0)
+        """The cost of one layer alone; 0 for a layer that the costs do not know. A choice that is
+        no option of the layer costs what the first one of its precision does, and where there is
+        none, what the dearest does."""
+        known = self.layers.get(name, {})
+        if choice in known or not known:
+            return known.get(choice, 0.0)
+        alike = (cost for c, cost in known.items() if c.precision == choice.precision)
+        return next(alike, max(known.values()))
 
     def total(self, choices: Mapping[str, LayerChoice]) -> float:
         """The cost of a whole plan."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from qdist.demo import demo_file
@@ -75,7 +77,7 @@ def test_parts_of_a_small_budget_give_the_same(
     plans = [projected(planner, name) for name in PRECISIONS]
     whole = sensitivities(frozen, plans, source, EXECUTION)
     sizes: list[int] = []
-    original = module.twin_sums
+    original = twin_sums
 
     def counted(*args: object, **options: object) -> object:
         made = original(*args, **options)  # type: ignore[arg-type]
@@ -152,10 +154,10 @@ class Counting:
         self.n_kept = 0
         self._limit = limit
 
-    def known(self) -> dict[str, np.ndarray]:
+    def known(self) -> dict[str, NDArray[np.float64]]:
         return self.store.known()
 
-    def keep(self, totals: dict[str, np.ndarray]) -> None:
+    def keep(self, totals: Mapping[str, NDArray[np.float64]]) -> None:
         if self._limit == 0:
             raise KeyboardInterrupt
         self._limit -= 1
@@ -211,7 +213,7 @@ def plan_of(frozen: FrozenModel, source: HeldSamples, folder: Path) -> Projected
 def test_whatever_changes_a_score_is_in_its_identity(tmp_path: Path) -> None:
     """A changed weight, sample, batch or thread count never meets an old score."""
 
-    def built(weight: np.ndarray, name: str) -> FrozenModel:
+    def built(weight: NDArray[np.float32], name: str) -> FrozenModel:
         proto = model(
             [helper.make_node("MatMul", ["x", "w"], ["y"], "layer")],
             [value("x", ["n", 3])],

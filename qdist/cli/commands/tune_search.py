@@ -92,6 +92,7 @@ def search(
         scorer_options=domain.scorer_options(settings.evaluation),
         layers=_layer_samples(settings),
     )
+    layers = setup.layers
     folder = context.folder / TRIALS
     book = open_book(folder, _identity(context, frozen, planner, target, scorer))
     if book.n_known:
@@ -120,6 +121,7 @@ def search(
                 max_trials=_most_trials(settings),
                 time_s=settings.search.time_limit_s,
                 target_score=settings.search.stop_score,
+                layers_of=layers.name if layers is not None else "",
             ),
             Hooks(on_trial=on_trial, on_message=drawing.say),
         )
