@@ -33,13 +33,15 @@ class Limits:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """All trials that finished, by number, and why there are no more. ``n_scored``: plans that
-    workers scored now, those run ahead included; ``n_reused``: trials that needed no scoring.
+    workers scored now, those run ahead included; ``n_reused``: trials that needed no scoring;
+    ``n_ahead``: candidates that were run before they were asked for.
     ``driver_s``: seconds of the driver's own work, all trials together; ``seconds``: of all."""
 
     trials: list[Trial]
     stopped: Stopped
     n_scored: int
     n_reused: int
+    n_ahead: int
     driver_s: float
     seconds: float
 
