@@ -23,7 +23,7 @@ from qdist.model.session import Execution, run, scoring_session
 from qdist.plan.target import ProjectedPlan
 from qdist.simulate.twins import SUFFIX, twin_graph
 
-__all__ = ["Deviation", "LayerComparison", "Sums", "compare_layers", "sensitivity"]
+__all__ = ["Deviation", "LayerComparison", "Sums", "compare_layers"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

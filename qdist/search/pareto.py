@@ -15,9 +15,10 @@ the rounds close in on the cheapest plan that reaches it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from qdist.search.ahead import if_rest_fails
 from qdist.search.candidates import CandidateTable
 from qdist.search.correction import group_weights, losses
 from qdist.search.front import Front
@@ -80,6 +81,10 @@ class Pareto:
             len(self._problem.groups),
         )
         self._tell_greedy()
+
+    def speculate(self, finished: Sequence[Trial], running: Sequence[Candidate]) -> list[Candidate]:
+        """The next round, if what still runs brings nothing."""
+        return if_rest_fails(self, finished, running)
 
     def answer(self) -> Trial | None:
         """The best trial so far, by the target and the budget of the settings."""
@@ -174,7 +179,8 @@ class Pareto:
                 self._greedy = None
                 break
             new = [
-                self._candidate(f"greedy: {asked.label}", asked.choices, None)
+                # Its numbers of trials are its own.
+                self._candidate(f"greedy: {asked.label.split(' + ')[-1]}", asked.choices, None)
                 for asked in self._greedy_asked
                 if asked.key not in self._numbers
             ]

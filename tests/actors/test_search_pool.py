@@ -80,7 +80,7 @@ class Bench:
     folder: Path
 
     def candidate(self, number: int, **changed: LayerChoice) -> Candidate:
-        """The plan in which the choosable layers by place (``_0``, ``_1``, ...; ``all``) are others."""
+        """The plan in which the choosable layers by place (``_0``, ...; ``all``) are others."""
         names = [layer.name for layer in self.planner.layers]
         choices = dict.fromkeys(names, changed.get("all", PLAIN))
         for i, layer in enumerate(self.planner.choosable()):

@@ -105,7 +105,7 @@ def search(
             log.add(trial)
             best = best_of(done)
             score = f"best {best.report.score:.4f}" if best and best.report else "no score yet"
-            drawing.update(len(done), settings.search.max_trials, score)
+            drawing.update(len(done), wanted.total_trials, score)
             drawing.say(_line(trial))
 
         outcome = tune(
@@ -114,7 +114,7 @@ def search(
             domain.cluster(settings.cluster),
             book,
             Limits(
-                max_trials=settings.search.max_trials,
+                max_trials=wanted.total_trials,
                 time_s=settings.search.time_limit_s,
                 target_score=settings.search.target_score,
             ),
