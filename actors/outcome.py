@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from qdist.evaluate.early import Incumbent
+from qdist.evaluate.report import EvalReport
 from qdist.search.trial import Trial
 
 Stopped: TypeAlias = Literal["strategy", "trials", "target", "time", "interrupt"]
@@ -17,12 +19,15 @@ class Limits:
     """When a search ends, whatever its strategy. ``max_trials`` and ``target_score`` are looked at
     between rounds, so that they give the same answer with any number of workers; ``time_s``, from
     the moment the workers are ready, ends trials where they are. ``layers_of``: the name of what
-    layers are compared on; empty where none are."""
+    layers are compared on; empty where none are. ``incumbent_of``: what the trials of a round have
+    to beat or may stop early, from the best report of the rounds before; None: all run to their
+    end."""
 
     max_trials: int | None = None
     time_s: float | None = None
     target_score: float | None = None
     layers_of: str = ""
+    incumbent_of: Callable[[EvalReport], Incumbent | None] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,7 +38,7 @@ class TrialBook:
         self.session = uuid.uuid4().hex
         self._by_key: dict[str, str] = {}
         self._by_digest: dict[str, PlanResult] = {}
-        self._best_rank: tuple[float, float, float] | None = None
+        self._best_rank: tuple[float, float, float, float] | None = None
         self.n_known = 0
         """How many sets of choices earlier runs of this search have tried."""
 

@@ -21,9 +21,13 @@ from actors.pool import Completed, Failed, Retried, WorkerLost, WorkerPool
 from actors.session import ClusterSpec, ray_session
 from actors.trial_book import TrialBook
 from actors.trial_worker import TrialSetup, TrialTask, TrialWorker, Twin
+from qdist.evaluate.early import Incumbent
+from qdist.evaluate.function import FunctionEvaluation
+from qdist.evaluate.report import EvalReport
+from qdist.evaluate.scorer import Evaluation
 from qdist.search.ahead import Foresighted
 from qdist.search.results import PlanResult
-from qdist.search.trial import Candidate, Strategy, Trial
+from qdist.search.trial import Candidate, Strategy, Trial, best_of
 
 _Answer: TypeAlias = PlanResult | Twin
 
@@ -41,7 +45,9 @@ def tune(
     Raises QD801 to QD804; what is wrong with one candidate is the reason of its failed trial.
     """
     layers_of = "" if setup.layers is None else setup.layers.name
-    known = replace(limits or Limits(), layers_of=layers_of)
+    known = replace(
+        limits or Limits(), layers_of=layers_of, incumbent_of=incumbent_maker(setup.evaluation)
+    )
     return search(strategy, partial(TrialWorker, setup), cluster, book, known, hooks)
 
 
@@ -87,6 +93,7 @@ class _Search:
         self._hooks = hooks
         self._trials: dict[int, Trial] = {}
         self._round = _Round({})
+        self._incumbent: Incumbent | None = None
         self._running: dict[str, Candidate] = {}
         self._twins: dict[str, list[Candidate]] = {}
         self._ahead: list[Candidate] = []
@@ -124,9 +131,15 @@ class _Search:
             finished = sorted(self._round.finished, key=lambda trial: trial.candidate.number)
             self._strategy.tell(finished)
             self._trials.update((trial.candidate.number, trial) for trial in finished)
+            self._incumbent = self._to_beat()
             if any(self._is_reached(trial) for trial in finished):
                 return "target"
         return "trials"
+
+    def _to_beat(self) -> Incumbent | None:
+        """What the trials of the next round have to beat."""
+        best, maker = best_of(self._trials.values()), self._limits.incumbent_of
+        return None if maker is None or best is None or best.report is None else maker(best.report)
 
     def _n_left(self) -> int:
         most = self._limits.max_trials
@@ -168,6 +181,8 @@ class _Search:
             self._submit(candidate)
 
     def _is_enough(self, result: PlanResult, candidate: Candidate) -> bool:
+        if not result.holds_against(self._incumbent):
+            return False
         wanted = candidate.wants_layers and self._limits.layers_of and result.report is not None
         return not wanted or result.has_layers(self._limits.layers_of)
 
@@ -182,6 +197,7 @@ class _Search:
                 wants_layers=candidate.wants_layers,
                 plans=self._book.plans,
                 session=self._book.session,
+                incumbent=self._incumbent,
             )
         )
 
@@ -208,7 +224,7 @@ class _Search:
     def _take_twin(self, candidate: Candidate, twin: Twin) -> None:
         """Wait for the task that scores the same plan, or score it after all if that has ended."""
         known = self._book.by_digest(twin.digest)
-        if known is not None:
+        if known is not None and known.holds_against(self._incumbent):
             self._known(candidate, replace(known, reused=True))
         elif twin.owner in self._running:
             self._twins.setdefault(twin.owner, []).append(candidate)
@@ -251,9 +267,10 @@ class _Search:
             self._hooks.on_trial(trial)
 
     def _run_ahead(self) -> None:
-        """Give idle workers what may be asked for next."""
+        """Give idle workers what may be asked for next. Not where trials may stop early: what the
+        next round has to beat is not known yet, and where they stop is not to depend on timing."""
         strategy = self._strategy
-        if not isinstance(strategy, Foresighted):
+        if self._limits.incumbent_of is not None or not isinstance(strategy, Foresighted):
             return
         while self._pool.n_idle and (candidate := self._next_ahead(strategy)) is not None:
             self._submit(candidate)
@@ -271,6 +288,15 @@ class _Search:
             if candidate.key not in self._running and self._book.by_key(candidate.key) is None:
                 return candidate
         return None
+
+
+def incumbent_maker(
+    evaluation: Evaluation,
+) -> Callable[[EvalReport], Incumbent | None] | None:
+    """What makes incumbents of reports, where the evaluation gives scores of single samples."""
+    if isinstance(evaluation, FunctionEvaluation) and evaluation.sample_range is not None:
+        return evaluation.incumbent
+    return None
 
 
 def _unlike(candidates: Iterable[Candidate]) -> list[Candidate]:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 from qdist.calibration import CalibrationSettings
 from qdist.cli import schema
+from qdist.cli.evaluation_words import command_words, plugin_folders
 from qdist.cli.sizes import n_bytes
 from qdist.cli.tracking import TrackingSpec
 from qdist.data.arrays import ArraySource
 from qdist.data.function import FunctionSource
+from qdist.data.halves import Part, PartName
 from qdist.data.images import ImageSource
 from qdist.data.preprocess import Preprocess
 from qdist.data.source import DataSource
@@ -20,6 +22,7 @@ from qdist.data.text import TextSource
 from qdist.errors import ConfigError
 from qdist.evaluate.builtin import DatasetEvaluation
 from qdist.evaluate.command import CommandEvaluation
+from qdist.evaluate.custom_metric import ClassEvaluation
 from qdist.evaluate.function import FunctionEvaluation
 from qdist.evaluate.scorer import Evaluation
 from qdist.model.session import Execution
@@ -234,28 +237,26 @@ def target(config: schema.TargetConfig) -> Target:
     )
 
 
-def evaluation(config: schema.EvaluationConfig, data: schema.DataConfig | None) -> Evaluation:
-    """How models are scored. Raises QD105 when a metric has no data, QD701."""
+def evaluation(
+    config: schema.EvaluationConfig, data: schema.DataConfig | None, part: PartName | None = None
+) -> Evaluation:
+    """How models are scored, on all samples or on a part of them (evaluation.search_share).
+
+    Raises QD105 when a metric has no data, QD701.
+    """
     match config:
         case schema.MetricConfig():
-            if data is None:
-                raise ConfigError(
-                    "QD105",
-                    where="data",
-                    got="no data",
-                    expected="a data set for the metric",
-                    mend="add data=GROUP to the command",
-                )
             return DatasetEvaluation(
-                source=evaluation_source(data),
+                source=evaluation_part(config, evaluation_source(_needed(data)), part),
                 metric=config.metric,
                 batch=config.batch,
                 token_input=config.token_input,
             )
         case schema.CommandConfig():
+            words, folder = command_words(config)
             return CommandEvaluation(
-                command=tuple(_found_from_elsewhere(word) for word in config.command),
-                folder=absolute(config.folder) if config.folder else None,
+                command=tuple(_found_from_elsewhere(word) for word in words),
+                folder=absolute(folder) if folder else None,
                 timeout_s=config.timeout_s,
                 higher_is_better=config.higher_is_better,
                 metric=config.metric,
@@ -270,7 +271,39 @@ def evaluation(config: schema.EvaluationConfig, data: schema.DataConfig | None) 
                 higher_is_better=config.higher_is_better,
                 arguments=config.arguments,
                 metric=config.metric,
+                sample_range=config.sample_range,
+                stop_risk=config.stop_risk,
             )
+        case schema.ClassConfig():
+            return ClassEvaluation(
+                source=evaluation_part(config, evaluation_source(_needed(data)), part),
+                metric_cls=config.metric_cls,
+                metric_input=config.metric_input,
+                folders=plugin_folders(config.folder),
+                replace_output=tuple(config.replace_output),
+                batch=config.batch,
+            )
+
+
+def evaluation_part(
+    config: schema.MetricConfig | schema.ClassConfig, whole: DataSource, part: PartName | None
+) -> DataSource:
+    """A part of the evaluation set; all of it where it is not divided."""
+    if part is None or config.search_share is None:
+        return whole
+    return Part(source=whole, part=part, share=config.search_share)
+
+
+def _needed(data: schema.DataConfig | None) -> schema.DataConfig:
+    if data is None:
+        raise ConfigError(
+            "QD105",
+            where="data",
+            got="no data",
+            expected="a data set for the metric",
+            mend="add data=GROUP to the command",
+        )
+    return data
 
 
 def scorer_options(config: schema.EvaluationConfig) -> dict[str, int | str | None]:

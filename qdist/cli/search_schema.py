@@ -19,7 +19,7 @@ class SearchConfig(Group):
     time_limit_s: float | None = Field(
         None, gt=0, description="end the search after so long, with the best so far; null: never"
     )
-    target_score: float | None = Field(
+    stop_score: float | None = Field(
         None, description="end after the round in which a trial scores as well as this; null: never"
     )
     low: str | None = Field("w4a8", description="precision to lower insensitive layers to")

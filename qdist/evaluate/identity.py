@@ -11,8 +11,8 @@ from typing import Any
 
 from qdist.data.source import DataSource
 from qdist.digest import digest_bytes, digest_json
+from qdist.evaluate.register import load_function
 from qdist.evaluate.scorer import Evaluation
-from qdist.targets import load_target
 
 _NO_MATTER = frozenset({"timeout_s", "keep"})
 """Settings of evaluations that change no score."""
@@ -59,7 +59,7 @@ def _files(name: str, value: Any) -> Any:
 
 def _code(target: str) -> list[str]:
     """Of the file that ``target`` names, and of the one that defines what it names."""
-    module = sys.modules.get(getattr(load_target(target), "__module__", None) or "")
+    module = sys.modules.get(getattr(load_function(target), "__module__", None) or "")
     named = target.rpartition(":")[0]
     files = [Path(named).expanduser()] if named.endswith(".py") else []
     files.append(Path(getattr(module, "__file__", None) or ""))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from typing import Protocol, runtime_checkable
 
@@ -22,14 +22,18 @@ class Foresighted(Protocol):
 
 
 def if_rest_fails(
-    strategy: Strategy, finished: Sequence[Trial], running: Sequence[Candidate]
+    strategy: Strategy,
+    finished: Sequence[Trial],
+    running: Sequence[Candidate],
+    shared: Iterable[object] = (),
 ) -> list[Candidate]:
     """What a copy of ``strategy`` asks for next if the trials that still run bring nothing. For
-    strategies that hold nothing outside of themselves."""
+    strategies that hold nothing outside of themselves. ``shared``: what the copy need not have of
+    its own, since nobody changes it."""
     lost = [
         Trial(candidate=candidate, report=None, n_bytes=0, reason="still running")
         for candidate in running
     ]
-    copy = deepcopy(strategy)
+    copy = deepcopy(strategy, {id(entry): entry for entry in shared})
     copy.tell([*finished, *lost])
     return copy.ask()

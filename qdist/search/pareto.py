@@ -84,7 +84,8 @@ class Pareto:
 
     def speculate(self, finished: Sequence[Trial], running: Sequence[Candidate]) -> list[Candidate]:
         """The next round, if what still runs brings nothing."""
-        return if_rest_fails(self, finished, running)
+        shared = (self._problem, self._settings, *self._trials.values())
+        return if_rest_fails(self, finished, running, shared)
 
     def answer(self) -> Trial | None:
         """The best trial so far, by the target and the budget of the settings."""

@@ -28,11 +28,6 @@ class SearchSettings:
     greedy: GreedySettings = field(default_factory=GreedySettings)
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def total_trials(self) -> int:
-        """All trials, those of the greedy search beside included."""
-        return self.max_trials + (self.greedy.max_trials if self.include_greedy else 0)
-
     def __post_init__(self) -> None:
         if min(self.max_trials, self.trials_per_round, self.patience) < 1 or self.n_budgets < 2:
             raise ValueError("trials, rounds and patience are at least 1, budgets at least 2")

@@ -21,6 +21,7 @@ from qdist.search.pareto import Pareto
 from qdist.search.problem import SearchProblem
 from qdist.search.settings import SearchSettings
 from qdist.search.trial import Strategy
+from qdist.search.vendors import icraft, smart_search
 from qdist.targets import load_target
 
 StrategyMaker = Callable[[SearchProblem, SearchSettings], Strategy]
@@ -30,7 +31,12 @@ def _greedy(problem: SearchProblem, settings: SearchSettings) -> Strategy:
     return greedy_for(problem, settings.greedy)
 
 
-STRATEGIES: dict[str, StrategyMaker] = {"pareto": Pareto, "greedy": _greedy}
+STRATEGIES: dict[str, StrategyMaker] = {
+    "pareto": Pareto,
+    "greedy": _greedy,
+    "icraft": icraft,
+    "smart_search": smart_search,
+}
 """Name -> what makes the strategy of a problem and settings."""
 
 

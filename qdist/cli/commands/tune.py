@@ -7,7 +7,7 @@ from typing import Any
 from qdist.cli import domain
 from qdist.cli.commands import steps, tune_search
 from qdist.cli.commands.mixing import mix_of, mixed
-from qdist.cli.commands.scoring import make_scorer, note_overlap
+from qdist.cli.commands.scoring import check_parts, make_scorer, note_overlap, score_unseen
 from qdist.cli.commands.tune_result import keep_best, report
 from qdist.cli.context import Context
 from qdist.cli.schema import TuneSettings
@@ -30,7 +30,8 @@ def run(context: Context[TuneSettings]) -> None:
 
     settings = context.settings
     target = domain.target(settings.target)
-    evaluation = domain.evaluation(settings.evaluation, settings.data)
+    evaluation = domain.evaluation(settings.evaluation, settings.data, "search")
+    check_parts(settings)
     domain.default_choice(settings.quantization)
     check_strategy(settings.search.strategy)
     domain.search_settings(settings.search, 1.0)
@@ -70,6 +71,7 @@ def run(context: Context[TuneSettings]) -> None:
         if found.outcome.stopped == "interrupt" and not found.outcome.trials:
             raise KeyboardInterrupt
         best = keep_best(context, frozen, planner, target, found)
+        score_unseen(context, frozen.source, best.artifact.path)
         report(context, frozen, before, best, found, merged.notes, run_)
         if found.outcome.stopped == "interrupt":
             raise KeyboardInterrupt

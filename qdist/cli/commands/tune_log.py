@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,9 +17,8 @@ from typing import Any, Self
 from qdist.cli.tracking import Run
 from qdist.cli.tracking.run import now_ms
 from qdist.emit.shared_weights import SharedWeights
-from qdist.evaluate.report import EvalReport
 from qdist.plan.precision import PRECISIONS
-from qdist.search.trial import Trial
+from qdist.search.trial import Choices, Trial
 
 CURVES_EVERY_S = 2.0
 """Seconds for which points of the parent's curves are collected, at least."""
@@ -32,18 +31,23 @@ class TrialLog:
     is sent or spooled, and raises what the spool could not keep.
 
     ``folder``: the search's own. ``artifacts``: as `qdist.cli.tracking.TrackingSpec` has it.
-    ``before``: the float model's score. Trials that the parent's run has already, from a search
+    ``costs``: what a plan costs, by name. Trials that the parent's run has already, from a search
     that was killed, are not logged again.
     """
 
     def __init__(
-        self, parent: Run, folder: Path, model: str, artifacts: str, before: EvalReport
+        self,
+        parent: Run,
+        folder: Path,
+        model: str,
+        artifacts: str,
+        costs: Callable[[Choices], Mapping[str, float]] | None = None,
     ) -> None:
         self._parent = parent
         self._folder = folder
         self._model = model
         self._artifacts = artifacts
-        self._float = before
+        self._costs = costs or (lambda choices: {})
         self._todo: queue.SimpleQueue[Trial | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="trial log", daemon=True)
         self._failure: BaseException | None = None
@@ -110,7 +114,7 @@ class TrialLog:
             resume=known.run if known is not None and is_same else None,
         )
         self._runs[number] = child.id
-        child.log(metrics=_metrics(trial), params=self._params(trial), tags=_tags(trial))
+        child.log(metrics=self._metrics(trial), params=self._params(trial), tags=_tags(trial))
         child.log_table(_layer_rows(trial), "layers.csv")
         log = trial.report.log if trial.report is not None else str(trial.details.get("log", ""))
         if log:
@@ -152,13 +156,16 @@ class TrialLog:
         child.log_artifact(shared.graph, best=best)
         self._weights.forget(shared)
 
+    def _metrics(self, trial: Trial) -> dict[str, float]:
+        return {**_metrics(trial), **self._costs(trial.candidate.choices)}
+
     def _place(self, number: int) -> Path:
         return self._folder / f"trial-{number:03d}"
 
     def _add_points(self, trial: Trial) -> None:
         """Every trial's numbers as curves of the parent, and the best so far."""
         now, number = now_ms(), trial.candidate.number
-        for name, value in _metrics(trial).items():
+        for name, value in self._metrics(trial).items():
             self._points.append((name, value, now, number))
         if trial.report is not None and (self._best is None or trial.rank > self._best.rank):
             self._best = trial

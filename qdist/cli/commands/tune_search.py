@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,10 +26,11 @@ from qdist.model.freeze import FrozenModel
 from qdist.model.session import fingerprint
 from qdist.plan.planner import Planner
 from qdist.plan.target import Target
+from qdist.search.costs import bit_operations
 from qdist.search.front import answer_of
 from qdist.search.problem import SearchProblem
 from qdist.search.strategies import make_strategy
-from qdist.search.trial import Trial, best_of
+from qdist.search.trial import Choices, Trial, best_of
 
 if TYPE_CHECKING:  # importing Ray costs half a second that --help should not pay
     from actors.outcome import Outcome
@@ -91,11 +92,14 @@ def search(
         scorer_options=domain.scorer_options(settings.evaluation),
         layers=_layer_samples(settings),
     )
+    layers = setup.layers
     folder = context.folder / TRIALS
     book = open_book(folder, _identity(context, frozen, planner, target, scorer))
     if book.n_known:
         context.say(f"note: {book.n_known} plans were tried before, and are not scored again")
-    log = TrialLog(parent, folder, settings.model.name, settings.tracking.artifacts, before)
+    log = TrialLog(
+        parent, folder, settings.model.name, settings.tracking.artifacts, _costs_of(problem)
+    )
     _remember_run(context, parent)
     done: list[Trial] = []
     with log, bar(context.console, "searching", "trials") as drawing:
@@ -105,7 +109,7 @@ def search(
             log.add(trial)
             best = best_of(done)
             score = f"best {best.report.score:.4f}" if best and best.report else "no score yet"
-            drawing.update(len(done), wanted.total_trials, score)
+            drawing.update(len(done), settings.search.max_trials, score)
             drawing.say(_line(trial))
 
         outcome = tune(
@@ -114,9 +118,10 @@ def search(
             domain.cluster(settings.cluster),
             book,
             Limits(
-                max_trials=wanted.total_trials,
+                max_trials=_most_trials(settings),
                 time_s=settings.search.time_limit_s,
-                target_score=settings.search.target_score,
+                target_score=settings.search.stop_score,
+                layers_of=layers.name if layers is not None else "",
             ),
             Hooks(on_trial=on_trial, on_message=drawing.say),
         )
@@ -128,6 +133,26 @@ def search(
         problem=problem,
         answer=answer_of(outcome.trials, problem, target=wanted.target, budget=wanted.budget),
     )
+
+
+def _most_trials(settings: TuneSettings) -> int:
+    """Of all strategies together: the greedy search's own come on top."""
+    search = settings.search
+    return search.max_trials * (2 if search.include_greedy else 1)
+
+
+def _costs_of(problem: SearchProblem) -> Callable[[Choices], dict[str, float]]:
+    """What a plan costs, by name: bit operations of the layers that may change, for one sample, and
+    the search's own cost."""
+
+    def costs(choices: Choices) -> dict[str, float]:
+        found = {f"cost_{problem.costs.unit}": problem.cost(choices)}
+        pairs = [(choices[layer.name], layer.n_multiplies) for layer in problem.layers]
+        if any(n for _, n in pairs):
+            found["bit_operations"] = sum(bit_operations(choice, n) for choice, n in pairs)
+        return found
+
+    return costs
 
 
 def _layer_samples(settings: TuneSettings) -> LayerSamples | None:
@@ -205,7 +230,7 @@ def _ended(outcome: Outcome, settings: TuneSettings) -> str:
     why = {
         "strategy": "the strategy has nothing more to try",
         "trials": f"search.max_trials={settings.search.max_trials} is reached",
-        "target": f"search.target_score={settings.search.target_score} is reached",
+        "target": f"search.stop_score={settings.search.stop_score} is reached",
         "time": f"search.time_limit_s={settings.search.time_limit_s:g} is over"
         if settings.search.time_limit_s
         else "",
