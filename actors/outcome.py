@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 from qdist.evaluate.early import Incumbent
@@ -50,10 +51,13 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hooks:
-    """``on_trial`` hears of every trial as it ends, ``on_message`` of retries and losses."""
+    """``on_trial`` hears of every trial as it ends, ``on_message`` of retries and losses.
+    ``statistics(n)`` gives the file (`qdist.store.record_file`) of the statistics of the first n
+    samples; None where no candidate may ask for them."""
 
     on_trial: Callable[[Trial], None] | None = None
     on_message: Callable[[str], None] | None = None
+    statistics: Callable[[int], Path] | None = None
 
 
 def incumbent_maker(

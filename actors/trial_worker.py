@@ -26,16 +26,21 @@ from qdist.plan.plan_settings import PlanSettings
 from qdist.plan.planner import Planner
 from qdist.plan.resolved import resolved_digest
 from qdist.plan.target import ProjectedPlan, Target
+from qdist.search.applied import planner_with
 from qdist.search.results import LOST_TO, PlanResult
 from qdist.search.trial import Candidate
 from qdist.stats.record import CalibrationRecord
+from qdist.store.record_file import read_record
+
+_KEPT_PLANNERS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialTask:
     """One plan to score, hashable so that it can travel. ``key``: of its choices; ``number``: of
     the trial that first asked for it; ``plans``: below which every plan has its folder;
-    ``incumbent``: what it has to beat, where a trial that cannot may stop early."""
+    ``incumbent``: what it has to beat, where a trial that cannot may stop early; ``settings`` of
+    the candidate; ``statistics``: where the record is that these ask for."""
 
     key: str
     number: int
@@ -45,6 +50,8 @@ class TrialTask:
     plans: Path
     session: str
     incumbent: Incumbent | None = None
+    settings: tuple[tuple[str, int | float | str], ...] = ()
+    statistics: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +106,7 @@ class TrialWorker:
     def __init__(self, setup: TrialSetup) -> None:
         self._setup = setup
         self._planner: Planner | None = None
+        self._planners: dict[object, Planner] = {}
         self._scorer: Scorer | None = None
         self._in_place: InPlace | None = None
 
@@ -142,12 +150,31 @@ class TrialWorker:
         return self._with_layers(task, projected, folder, result)
 
     def _projected(self, task: TrialTask) -> ProjectedPlan:
-        if self._planner is None:
-            raise RuntimeError("run() before setup()")
         candidate = Candidate(
             number=task.number, label="", choices=dict(task.choices), changed=task.changed
         )
-        return self._setup.target.project(self._planner.plan(candidate.choices, candidate.why))
+        plan = self._planner_for(task).plan(candidate.choices, candidate.why)
+        return self._setup.target.project(plan)
+
+    def _planner_for(self, task: TrialTask) -> Planner:
+        """The worker's own, or one as the task's settings want it, of which a few are kept."""
+        if self._planner is None:
+            raise RuntimeError("run() before setup()")
+        if not task.settings:
+            return self._planner
+        key = (task.settings, task.statistics)
+        if key not in self._planners:
+            while len(self._planners) >= _KEPT_PLANNERS:
+                self._planners.pop(next(iter(self._planners)))
+            self._planners[key] = planner_with(
+                self._planner, dict(task.settings), lambda n: self._statistics(task, n)
+            )
+        return self._planners[key]
+
+    def _statistics(self, task: TrialTask, n_samples: int) -> CalibrationRecord:
+        if task.statistics is None:
+            raise RuntimeError(f"no statistics of {n_samples} samples came with the task")
+        return read_record(task.statistics, self._setup.taps.tensors)
 
     def _scored(
         self,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TypeAlias
 
 from actors.events import Worker
@@ -21,6 +22,7 @@ from actors.pool import Completed, Failed, Retried, WorkerLost, WorkerPool
 from actors.session import ClusterSpec, ray_session
 from actors.trial_book import TrialBook
 from actors.trial_worker import TrialSetup, TrialTask, TrialWorker, Twin
+from qdist.errors import QdistError
 from qdist.evaluate.early import Incumbent
 from qdist.search.ahead import Foresighted
 from qdist.search.results import PlanResult
@@ -189,6 +191,12 @@ class _Search:
         return not wanted or result.has_layers(self._limits.layers_of)
 
     def _submit(self, key: str, candidate: Candidate) -> None:
+        try:
+            statistics = self._statistics_for(candidate)
+        except QdistError as error:
+            lost = PlanResult(digest="", report=None, n_bytes=0, reason=str(error))
+            self._known(key, lost)
+            return
         self._running[key] = candidate
         self._pool.submit(
             TrialTask(
@@ -200,8 +208,17 @@ class _Search:
                 plans=self._book.plans,
                 session=self._book.session,
                 incumbent=self._incumbent,
+                settings=tuple(sorted(candidate.settings.items())),
+                statistics=statistics,
             )
         )
+
+    def _statistics_for(self, candidate: Candidate) -> Path | None:
+        """The file with what the candidate's ranges come from; None for the run's own."""
+        make = self._hooks.statistics
+        if "n_samples" not in candidate.settings or make is None:
+            return None
+        return make(int(candidate.settings["n_samples"]))
 
     def _take(self, event: object) -> None:
         tell = self._hooks.on_message or (lambda text: None)

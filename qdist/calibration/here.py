@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from qdist.calibration.blockwise import merge_blocks
 from qdist.calibration.converge import converge
 from qdist.calibration.job import CalibrationJob
 from qdist.calibration.measure import run_shard
 from qdist.calibration.merge import Merged, recall
+from qdist.calibration.prefix import merge_first
 from qdist.calibration.run import complete
 from qdist.calibration.work import Work
 from qdist.data.source import DataSource
@@ -33,19 +35,31 @@ def calibrate_here(
     and `converge`.
     """
 
-    def measure(work: Work) -> list[ShardReceipt]:
-        receipts = []
-        for tap_set, spec in enumerate(work.observers):
-            observer = Observer(spec)
-            receipts += [
-                run_shard(task.shard, observer, source, job.inputs, store, job.decoder)
-                for task in work.tasks
-                if task.tap_set == tap_set
-            ]
-        return receipts
-
+    measure = partial(_measure, job, source, store)
     if early_stop is not None:
         return converge(job, store, measure, early_stop, on_decision=on_decision)
     if job.settings.n_blocks > 1:
         merge_blocks(job, store, measure)
     return recall(job, store) or complete(job, store, measure)
+
+
+def statistics_here(
+    job: CalibrationJob, source: DataSource, store: CalibrationStore, n_samples: int
+) -> Merged:
+    """The statistics of the first ``n_samples``, in whole micro-batches; what the store lacks of
+    them is measured. Raises as `merge_first`."""
+    return merge_first(job, store, partial(_measure, job, source, store), n_samples)
+
+
+def _measure(
+    job: CalibrationJob, source: DataSource, store: CalibrationStore, work: Work
+) -> list[ShardReceipt]:
+    receipts = []
+    for tap_set, spec in enumerate(work.observers):
+        observer = Observer(spec)
+        receipts += [
+            run_shard(task.shard, observer, source, job.inputs, store, job.decoder)
+            for task in work.tasks
+            if task.tap_set == tap_set
+        ]
+    return receipts

@@ -70,4 +70,6 @@ class SearchConfig(Group):
     include_greedy: bool = Field(
         False, description="run greedy beside pareto, with as many trials more"
     )
-    options: dict[str, Any] = Field({}, description="for a strategy of your own")
+    options: dict[str, Any] = Field(
+        {}, description="of a vendor's strategy (docs/search-vendors.md), or for one of your own"
+    )

@@ -21,7 +21,7 @@ from qdist.search.pareto import Pareto
 from qdist.search.problem import SearchProblem
 from qdist.search.settings import SearchSettings
 from qdist.search.trial import Strategy
-from qdist.search.vendors import icraft, smart_search
+from qdist.search.vendors import icraft, knight, optuna, smart_search
 from qdist.targets import load_target
 
 StrategyMaker = Callable[[SearchProblem, SearchSettings], Strategy]
@@ -36,6 +36,8 @@ STRATEGIES: dict[str, StrategyMaker] = {
     "greedy": _greedy,
     "icraft": icraft,
     "smart_search": smart_search,
+    "knight": knight,
+    "optuna": optuna,
 }
 """Name -> what makes the strategy of a problem and settings."""
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qdist.errors import ConfigError
 from qdist.search.icraft import Icraft, Target
 from qdist.search.icraft_config import TARGETS, from_table, read
 from qdist.search.icraft_ladders import CHIPS
+from qdist.search.knight import KnightSettings, Sweep
 from qdist.search.problem import SearchProblem
 from qdist.search.settings import SearchSettings
 from qdist.search.slimai import SmartSearch, parse
 from qdist.search.trial import Strategy
 
 _WHERE = "search.options"
+T = TypeVar("T")
 
 
 def icraft(problem: SearchProblem, settings: SearchSettings) -> Strategy:
@@ -55,6 +57,47 @@ def smart_search(problem: SearchProblem, settings: SearchSettings) -> Strategy:
     lines = [f"{key} = {_listed(value)}" for key, value in settings.options.items()]
     text = "\n".join(["[quantization]", *lines])
     return SmartSearch(problem, parse(text, _WHERE, max_trials=settings.max_trials))
+
+
+def knight(problem: SearchProblem, settings: SearchSettings) -> Strategy:
+    """Knight's sweep. Options: ``modes`` (of the vendor's quant-mode, or ``all``), ``iterations``
+    (a list), ``batch_size`` and ``percent`` (0..1), as its command line has them. Raises QD102,
+    QD104."""
+    options = dict(settings.options)
+    _check_keys(options, ("modes", "iterations", "batch_size", "percent"))
+    for key in ("modes", "iterations"):
+        if key in options:
+            given = options[key]
+            options[key] = tuple(given if isinstance(given, list | tuple) else (given,))
+    return Sweep(problem, _made(KnightSettings, {**options, "max_trials": settings.max_trials}))
+
+
+def optuna(problem: SearchProblem, settings: SearchSettings) -> Strategy:
+    """Optuna's study. Options: ``sampler`` (``tpe``, ``nsga2``), ``storage``, ``seed``,
+    ``round_size``, and what is searched: ``saturations``, ``granularities``, ``percent`` (least and
+    largest), ``bins``, ``n_samples``. Raises QD102, QD104, QD107."""
+    from qdist.search.optuna_study import Space, Study, StudySettings
+
+    options = dict(settings.options)
+    own = ("sampler", "storage", "seed", "round_size")
+    searched = ("saturations", "granularities", "percent", "bins", "n_samples")
+    _check_keys(options, (*own, *searched))
+    space = {key: tuple(options.pop(key)) for key in searched if key in options}
+    made = _made(
+        StudySettings,
+        {**options, "space": _made(Space, space), "max_trials": settings.max_trials},
+    )
+    return Study(problem, made)
+
+
+def _made(kind: Callable[..., T], values: Mapping[str, Any]) -> T:
+    """The settings. Raises QD104 for values that they cannot have."""
+    try:
+        return kind(**values)
+    except (TypeError, ValueError) as error:
+        raise _refuse(
+            "QD104", _WHERE, str(error), "values as docs/search-vendors.md has them"
+        ) from error
 
 
 def _listed(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +23,11 @@ from qdist.model.graph import Graph
 from qdist.model.loading import load_model
 from qdist.plan.choice import LayerChoice
 from qdist.plan.planner import Planner
-from qdist.search.trial import Candidate, Trial
+from qdist.plan.resolved import resolved_digest
+from qdist.search.applied import planner_with
+from qdist.search.trial import Candidate, Settings, Trial
+from qdist.stats.record import CalibrationRecord
+from qdist.store.record_file import write_record
 from qdist.store.zarr_store import create_store
 from tests.onnx_models import ANY_TARGET, EXECUTION, samples_of
 
@@ -137,6 +142,14 @@ def bench(cluster: RaySession, tmp_path: Path) -> Bench:
         layers=LayerSamples(source=source, n_samples=4),
     )
     return Bench(setup=setup, planner=planner, folder=tmp_path)
+
+
+def merge_first_of(bench: Bench, n_samples: int) -> CalibrationRecord:
+    """The statistics of the first samples, measured from nothing."""
+    source = samples_of("images", 1, 8, 8, n=n_samples)
+    job = prepare(bench.setup.frozen, source, CalibrationSettings(), EXECUTION)
+    store = create_store(bench.folder / "few", job.identity)
+    return calibrate_here(job, source, store).record
 
 
 def scores(outcome: Outcome) -> list[float | None]:
@@ -312,3 +325,38 @@ def test_a_trial_that_cannot_win_stops_early_and_never_wins(bench: Bench) -> Non
     fresh = run("race", [other], [[replace(coarse, number=0)]])
     assert fresh.trials[0].report is not None
     assert fresh.trials[0].report.n_samples == 300
+
+
+def test_what_a_candidate_changes_for_the_whole_plan_is_applied(bench: Bench) -> None:
+    few = bench.folder / "few.zarr.zip"
+    planner, asked = bench.planner, []
+    method = LayerChoice(saturation="percentile")
+    plain = bench.candidate(0, all=method)
+    wanted: list[Settings] = [{}, {"percent": 90.0}, {"n_samples": 4}]
+    for number, settings in enumerate(wanted):
+        asked.append(replace(plain, number=number, settings=settings))
+    record = merge_first_of(bench, 4)
+    write_record(few, record)
+    hooks = Hooks(statistics=lambda n: few if n == 4 else bench.folder / "none")
+    found = bench.run(Script([asked]), hooks=hooks)
+    expected = [
+        resolved_digest(
+            ANY_TARGET.project(
+                planner_with(planner, one.settings, lambda n: record).plan(one.choices, one.why)
+            ).plan
+        )
+        for one in asked
+    ]
+    written = [
+        json.loads((bench.folder / "trials" / f"trial-{n:03d}" / "trial.json").read_text())["plan"]
+        for n in range(3)
+    ]
+    assert written == expected
+    assert len(set(expected)) == 3
+    assert all(trial.report is not None for trial in found.trials)
+
+    # A file that is not there is the trial's own failure.
+    lost = replace(plain, settings={"n_samples": 3})
+    (trial,) = bench.run(Script([[lost]]), hooks=hooks, book=bench.book("lost")).trials
+    assert trial.report is None
+    assert "QD403" in trial.reason

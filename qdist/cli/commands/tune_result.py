@@ -24,6 +24,7 @@ from qdist.report.front_page import write_front_page
 from qdist.report.page import write_page
 from qdist.report.tables import summary_table, trial_table
 from qdist.report.values import Summary, TrialRow
+from qdist.search.applied import planner_with
 from qdist.search.front import front_of
 from qdist.search.trial import Trial
 
@@ -56,7 +57,8 @@ def keep_best(
             expected="at least one trial with a score",
             mend="mend the evaluation, then run the same command again",
         )
-    plan = planner.plan(trial.candidate.choices, trial.candidate.why)
+    own = planner_with(planner, trial.candidate.settings, found.statistics)
+    plan = own.plan(trial.candidate.choices, trial.candidate.why)
     projected = target.project(plan)
     path = context.folder / "model.onnx"
     with context.working("writing the best model"):

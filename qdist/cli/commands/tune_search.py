@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qdist.calibration.here import statistics_here
 from qdist.cli import domain
 from qdist.cli.commands import steps
 from qdist.cli.commands.searching import search_problem
@@ -31,6 +32,8 @@ from qdist.search.front import answer_of
 from qdist.search.problem import SearchProblem
 from qdist.search.strategies import make_strategy
 from qdist.search.trial import Choices, Trial, best_of
+from qdist.stats.record import CalibrationRecord
+from qdist.store.record_file import write_record
 
 if TYPE_CHECKING:  # importing Ray costs half a second that --help should not pay
     from actors.outcome import Outcome
@@ -43,13 +46,15 @@ _RUN = "tune.run.json"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
     """What the search left: its trials, where they lie, their runs, what it knew before, and the
-    trial that it ends with; None where none has a score."""
+    trial that it ends with; None where none has a score. ``statistics``: of the first so many
+    samples, as its plan may ask for."""
 
     outcome: Outcome
     folder: Path
     log: TrialLog
     problem: SearchProblem
     answer: Trial | None
+    statistics: Callable[[int], CalibrationRecord]
 
 
 def search(
@@ -93,6 +98,12 @@ def search(
         layers=_layer_samples(settings),
     )
     layers = setup.layers
+
+    def statistics(n_samples: int) -> CalibrationRecord:
+        return statistics_here(
+            calibrated.job, calibrated.source, calibrated.store, n_samples
+        ).record
+
     folder = context.folder / TRIALS
     book = open_book(folder, _identity(context, frozen, planner, target, scorer))
     if book.n_known:
@@ -123,7 +134,11 @@ def search(
                 target_score=settings.search.stop_score,
                 layers_of=layers.name if layers is not None else "",
             ),
-            Hooks(on_trial=on_trial, on_message=drawing.say),
+            Hooks(
+                on_trial=on_trial,
+                on_message=drawing.say,
+                statistics=lambda n: _statistics_file(folder, n, statistics),
+            ),
         )
     context.say(_ended(outcome, settings))
     return Found(
@@ -132,7 +147,18 @@ def search(
         log=log,
         problem=problem,
         answer=answer_of(outcome.trials, problem, target=wanted.target, budget=wanted.budget),
+        statistics=statistics,
     )
+
+
+def _statistics_file(
+    folder: Path, n_samples: int, statistics: Callable[[int], CalibrationRecord]
+) -> Path:
+    """Where workers find the statistics of the first so many samples. Raises QD311."""
+    path = folder / "statistics" / f"{n_samples}.zarr.zip"
+    if not path.exists():
+        write_record(path, statistics(n_samples))
+    return path
 
 
 def _most_trials(settings: TuneSettings) -> int:
