@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from qdist.evaluate.early import Incumbent
+from qdist.evaluate.function import FunctionEvaluation
 from qdist.evaluate.report import EvalReport
+from qdist.evaluate.scorer import Evaluation
 from qdist.search.trial import Trial
 
 Stopped: TypeAlias = Literal["strategy", "trials", "target", "time", "interrupt"]
@@ -33,13 +35,15 @@ class Limits:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """All trials that finished, by number, and why there are no more. ``n_scored``: plans that
-    workers scored now, those run ahead included; ``n_reused``: trials that needed no scoring.
+    workers scored now, those run ahead included; ``n_reused``: trials that needed no scoring;
+    ``n_ahead``: candidates that were run before they were asked for.
     ``driver_s``: seconds of the driver's own work, all trials together; ``seconds``: of all."""
 
     trials: list[Trial]
     stopped: Stopped
     n_scored: int
     n_reused: int
+    n_ahead: int
     driver_s: float
     seconds: float
 
@@ -50,3 +54,12 @@ class Hooks:
 
     on_trial: Callable[[Trial], None] | None = None
     on_message: Callable[[str], None] | None = None
+
+
+def incumbent_maker(
+    evaluation: Evaluation,
+) -> Callable[[EvalReport], Incumbent | None] | None:
+    """What makes incumbents of reports, where the evaluation gives scores of single samples."""
+    if isinstance(evaluation, FunctionEvaluation) and evaluation.sample_range is not None:
+        return evaluation.incumbent
+    return None
