@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from qdist.digest import digest_arrays
 from qdist.errors import StoreError
@@ -10,6 +11,7 @@ from qdist.model.graph import Graph
 from qdist.model.layers import Layer
 from qdist.model.taps import TapTable
 from qdist.plan.consumers import consumers_of
+from qdist.plan.passing import Destinations
 from qdist.plan.plan_settings import PlanSettings
 from qdist.plan.precision import activation_levels
 from qdist.plan.range_rule import RangeRule
@@ -19,6 +21,7 @@ from qdist.stats.record import CalibrationRecord
 from qdist.threshold.blocks import mean_threshold
 from qdist.threshold.clip import Levels, Threshold
 from qdist.threshold.consumer import Consumer
+from qdist.threshold.error import measured
 from qdist.threshold.registry import applicable, find_threshold, resolve
 from qdist.threshold.sentinel import keep_masked, split_sentinels
 
@@ -47,6 +50,7 @@ class ActivationRanges:
         self._settings = settings
         self._consumers: dict[str, tuple[Consumer, ...]] = {}
         self._digests: dict[str, str] = {}
+        self._destinations = Destinations(graph, taps)
 
     @property
     def asked(self) -> Mapping[str, tuple[Consumer, ...]]:
@@ -106,8 +110,29 @@ class ActivationRanges:
         if self.blocks:
             histograms = [block.histogram(row) for block in self.blocks]
             return mean_threshold(histograms, levels, rule.method, parameters).threshold
-        readers = self._readers(row) if resolve(rule.method)[0] == "auto" else ()
-        return find_threshold(body, levels, rule.method, parameters, readers)
+        if resolve(rule.method)[0] != "auto":
+            return find_threshold(body, levels, rule.method, parameters)
+        return self._for_readers(row, body, levels, parameters)
+
+    def _for_readers(
+        self, row: str, body: Density, levels: Levels, parameters: Mapping[str, Any]
+    ) -> Threshold:
+        """The range that serves the layers best which read the row, or what it is handed on to."""
+        deciding = self._destinations.row(row)
+        values: Density | str = body
+        if deciding != row and deciding in self.record:
+            values = self.body(deciding)
+        if isinstance(values, str):
+            deciding, values = row, body
+        found = find_threshold(values, levels, "auto", parameters, self._readers(deciding))
+        low, high, note = found.low, found.high, found.note
+        if deciding != row:
+            note = f"the range of {deciding}, which holds these values: {note}"
+        if self._destinations.holds_scores(row) and values.maximum > high:
+            high, note = values.maximum, f"{note}; scores of a Softmax keep their top"
+        if deciding == row and high == found.high:
+            return found
+        return measured(body, low, high, levels, method=found.method, note=note)
 
     def _readers(self, row: str) -> tuple[Consumer, ...]:
         """The layers that read a row, in scope or not: what they compute suffers all the same."""
