@@ -1,7 +1,7 @@
 """Scores of a model file beside the float model's, sample by sample, and paired intervals.
 
-Every metric is a sum over samples over another sum (`qdist.evaluate.metrics`), so a model is kept as
-these parts, and a difference of two models is resampled over the samples that both have seen.
+Every metric is a sum over samples over another sum (`qdist.evaluate.metrics`), so a model is kept
+as these parts, and a difference of two models is resampled over the samples that both have seen.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class ActivationRanges:
         if self.blocks:
             histograms = [block.histogram(row) for block in self.blocks]
             return mean_threshold(histograms, levels, rule.method, parameters).threshold
-        if resolve(rule.method)[0] != "auto":
+        if resolve(rule.method)[0] != "auto" or "threshold" in parameters:
             return find_threshold(body, levels, rule.method, parameters)
         return self._for_readers(row, body, levels, parameters)
 
@@ -128,7 +128,8 @@ class ActivationRanges:
         low, high, note = found.low, found.high, found.note
         if deciding != row:
             note = f"the range of {deciding}, which holds these values: {note}"
-        if self._destinations.holds_scores(row) and values.maximum > high:
+        is_free = "th_scale" not in parameters
+        if is_free and self._destinations.holds_scores(row) and values.maximum > high:
             high, note = values.maximum, f"{note}; scores of a Softmax keep their top"
         if deciding == row and high == found.high:
             return found

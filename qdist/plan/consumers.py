@@ -66,7 +66,7 @@ class _Reader:
         weight = self.graph.weights.read(name).astype(np.float32, copy=False)
         is_conv = self.layer.op_type == "Conv"
         groups = int(attribute(self.node, "group", 1)) if is_conv else 1
-        if weight.ndim < 2 or (is_conv and other != 1):
+        if weight.ndim < 2 or not weight.size or (is_conv and other != 1):
             return None
         if is_conv:
             input_axis, output_axis = 1, 0

@@ -7,4 +7,5 @@
 ``tables``    functions of one tensor as tables with interpolation.
 ``reference`` one layer in whole numbers, in NumPy: what ``integers`` is checked against.
 ``twins``     every quantized layer beside its float self, fed by float activations.
+``switched``  a graph in which every layer can be quantized or not, by a switch.
 """
