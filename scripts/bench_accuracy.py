@@ -44,8 +44,6 @@ def main() -> int:
         print(markdown(json.loads(options.markdown.read_text("utf-8"))))
         return 0
     results = _measure_all(options)
-    if options.json is not None:
-        write_json(options.json, results)
     print(markdown(results))
     return 0
 
@@ -68,15 +66,26 @@ def _measure_all(options: argparse.Namespace) -> dict[str, Any]:
                 models[name] = {"skipped": f"not in {options.assets}"}
                 continue
             models[name] = _measure(case, folder, options.quick, say)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    about = {
+            # What is there by now outlives a run that is stopped.
+            results = {"about": _about(options.quick, begin), "models": models}
+            if options.json is not None:
+                write_json(options.json, results)
+    say(f"done; at most {_peak_mb() / 1024:.1f} GB of memory")
+    return {"about": _about(options.quick, begin), "models": models}
+
+
+def _about(quick: bool, begin: float) -> dict[str, Any]:
+    total_s = round(time.perf_counter() - begin, 1)
+    return {
         "machine": machine(),
-        "quick": options.quick,
-        "total_s": round(time.perf_counter() - begin, 1),
-        "peak_memory_mb": peak // 1024,
+        "quick": quick,
+        "total_s": total_s,
+        "peak_memory_mb": _peak_mb(),
     }
-    say(f"done; at most {peak / 1e6:.1f} GB of memory")
-    return {"about": about, "models": models}
+
+
+def _peak_mb() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def _measure(
