@@ -26,10 +26,12 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUM
 
 from bench_accuracy_cases import CASES, AccuracyCase, make_case  # noqa: E402
 from bench_accuracy_model import Measured  # noqa: E402
+from bench_accuracy_ours import PICKERS  # noqa: E402
 from bench_accuracy_table import markdown  # noqa: E402
 from bench_timing import machine  # noqa: E402
 
 from qdist.files import write_json  # noqa: E402
+from qdist.threshold.registry import METHODS  # noqa: E402
 
 ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
 QUICK = (8, 16)
@@ -65,7 +67,7 @@ def _measure_all(options: argparse.Namespace) -> dict[str, Any]:
                 say(f"{name}: skipped, since {options.assets} does not hold it")
                 models[name] = {"skipped": f"not in {options.assets}"}
                 continue
-            models[name] = _measure(case, folder, options.quick, say)
+            models[name] = _measure(case, folder, options, say)
             # What is there by now outlives a run that is stopped.
             results = {"about": _about(options.quick, begin), "models": models}
             if options.json is not None:
@@ -89,12 +91,13 @@ def _peak_mb() -> int:
 
 
 def _measure(
-    case: AccuracyCase, folder: Path, quick: bool, say: Callable[[str], None]
+    case: AccuracyCase, folder: Path, options: argparse.Namespace, say: Callable[[str], None]
 ) -> dict[str, Any]:
     begin = time.perf_counter()
-    if quick:
+    if options.quick:
         case = case.shortened(*QUICK)
-    found = Measured(case, folder, say).everything(quick=quick)
+    methods = options.method or (("max",) if options.quick else tuple(METHODS))
+    found = Measured(case, folder, say).everything(methods, options.picker or PICKERS)
     return {**found, "seconds": round(time.perf_counter() - begin, 1)}
 
 
@@ -105,6 +108,18 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
     parser.add_argument(
         "--only", action="append", choices=tuple(CASES), help="this model only; may be repeated"
+    )
+    parser.add_argument(
+        "--method",
+        action="append",
+        choices=tuple(METHODS),
+        help="this threshold method beside the default; may be repeated (default: all)",
+    )
+    parser.add_argument(
+        "--picker",
+        action="append",
+        choices=PICKERS,
+        help="this picker of layers to raise; may be repeated (default: all)",
     )
     parser.add_argument(
         "--quick",

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import bench_accuracy_ort as ort_side
 from bench_accuracy_cases import AccuracyCase
-from bench_accuracy_ours import PICKERS, TARGET, calibrate, pick
+from bench_accuracy_ours import TARGET, calibrate, pick
 from bench_accuracy_scores import BESIDE, Scores, float_outputs, paired, score
 
 from qdist.errors import QdistError
 from qdist.evaluate.metrics import find_metric
 from qdist.plan.choice import LayerChoice
 from qdist.plan.target import ProjectedPlan
-from qdist.threshold.registry import METHODS
 
 WIDE = ("int16", "bf16", "fp16")
 DEFAULT = LayerChoice(saturation="auto")
@@ -42,10 +41,11 @@ class Measured:
         self._higher = find_metric(case.metric).higher_is_better
         self._scores: dict[tuple[Any, ...], Scores] = {}
 
-    def everything(self, *, quick: bool) -> dict[str, Any]:
-        """All rows, the comparison with the best of ONNX Runtime's, and the pickers."""
-        methods = ("auto", "max") if quick else ("auto", *(m for m in METHODS if m != "auto"))
-        rows = [*self._methods(methods), *self._wide(), *self._theirs()]
+    def everything(self, methods: Sequence[str], pickers: Sequence[str]) -> dict[str, Any]:
+        """Rows of the default and these methods, the comparison with the best of ONNX Runtime's,
+        and what these pickers come to."""
+        wanted = tuple(dict.fromkeys((DEFAULT.saturation, *methods)))
+        rows = [*self._methods(wanted), *self._wide(), *self._theirs()]
         return {
             "metric": self._case.metric,
             "higher_is_better": self._higher,
@@ -55,7 +55,7 @@ class Measured:
             "rows": rows,
             "against_ort": self._against(rows),
             "wide_against_float": self._against_float(rows),
-            "mixed": self._mixed(rows),
+            "mixed": self._mixed(rows, pickers),
         }
 
     def _methods(self, methods: Iterable[str]) -> Iterable[Row]:
@@ -182,7 +182,7 @@ class Measured:
             )
         return found
 
-    def _mixed(self, rows: list[Row]) -> list[Row]:
+    def _mixed(self, rows: list[Row], pickers: Sequence[str]) -> list[Row]:
         """What pickers make of a default that falls more than a point short."""
         if self._float is None:
             return []
@@ -192,7 +192,7 @@ class Measured:
             gap = self._loss(plain["score"])
             if gap <= self._case.loss_of_a_point:
                 continue
-            for name in PICKERS:
+            for name in pickers:
                 picked = pick(self._ours, name, DEFAULT, symmetric=symmetric)
                 for share in SHARES:
                     projected, n_raised, n_layers = picked(share)
