@@ -11,7 +11,7 @@ from qdist.model.graph import Graph
 from qdist.model.layers import Layer
 from qdist.model.taps import TapTable
 from qdist.plan.consumers import consumers_of
-from qdist.plan.passing import Destinations
+from qdist.plan.destinations import Destinations
 from qdist.plan.plan_settings import PlanSettings
 from qdist.plan.precision import activation_levels
 from qdist.plan.range_rule import RangeRule
