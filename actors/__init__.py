@@ -16,6 +16,8 @@
 ``pipeline``   the same with a pool for each stage of the model; ``stage`` the worker of one.
 ``select``     the controller that has samples sketched, and chooses the representative ones.
 ``tune``       the controller that spreads the trials of a search over a pool.
+``trial_worker`` what its workers do; ``plan_folder`` where their files are.
+``trial_book`` what a search has found, on disk; ``outcome`` its limits, and what it leaves.
 
 The workers are plain classes of the library and are tested without Ray. The driver keeps the
 queue and Ray retries nothing: a policy decides, the pool executes, the caller sees every retry

@@ -1,217 +1,278 @@
-"""The search over a pool of its own: every trial is planned, written, loaded and scored by one
-worker, which keeps its histograms and its ranges between trials. The float model's outputs are
-computed once, by whoever starts the search, and read from disk."""
+"""The search over a pool of its own: a free worker always has a trial, as long as the strategy can
+name one, and what the strategy is told depends on finished rounds alone.
+
+Candidates of the round come first. When there are fewer of them than workers, candidates that may
+come next (`qdist.search.ahead`) are run ahead: their results are kept, and become trials only if
+they are asked for. So timing decides what is known early, never what is asked.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
+from actors.events import Worker
+from actors.outcome import Hooks, Limits, Outcome, Stopped
 from actors.pool import Completed, Failed, Retried, WorkerLost, WorkerPool
 from actors.session import ClusterSpec, ray_session
-from qdist.emit.qdq import Artifact, emit_qdq
-from qdist.errors import QdistError
-from qdist.evaluate.report import EvalReport
-from qdist.evaluate.scorer import Evaluation, Scorer
-from qdist.model.freeze import FrozenModel
-from qdist.model.graph import Graph
-from qdist.model.session import Execution
-from qdist.model.taps import TapTable
-from qdist.plan.choice import LayerChoice
-from qdist.plan.plan_settings import PlanSettings
-from qdist.plan.planner import Planner
-from qdist.plan.target import Target
+from actors.trial_book import TrialBook
+from actors.trial_worker import TrialSetup, TrialTask, TrialWorker, Twin
+from qdist.search.ahead import Foresighted
+from qdist.search.results import PlanResult
 from qdist.search.trial import Candidate, Strategy, Trial
-from qdist.stats.record import CalibrationRecord
 
-ARTIFACT = "model.onnx"
-PLAN = "plan.json"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrialTask:
-    """One candidate, hashable so that it can travel. ``folder``: where its files go."""
-
-    number: int
-    label: str
-    choices: tuple[tuple[str, LayerChoice], ...]
-    changed: tuple[str, ...]
-    folder: Path
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrialSetup:
-    """What a worker needs besides the candidate. Picklable. ``reference``: `Scorer.reference` of
-    a scorer that lives until the search has ended."""
-
-    frozen: FrozenModel
-    record: CalibrationRecord
-    taps: TapTable
-    settings: PlanSettings
-    target: Target
-    evaluation: Evaluation
-    execution: Execution
-    scratch: Path
-    reference: Path | None = None
-    scorer_options: dict[str, Any] = field(default_factory=dict)
-
-
-class TrialWorker:
-    """Scores candidates. A plain class: one process, one thread."""
-
-    def __init__(self, setup: TrialSetup) -> None:
-        self._setup = setup
-        self._planner: Planner | None = None
-        self._scorer: Scorer | None = None
-
-    def setup(self) -> dict[str, Any]:
-        """Index the model."""
-        s = self._setup
-        graph = Graph(s.frozen, s.execution)
-        self._planner = Planner(graph, s.record, s.taps, s.settings)
-        self._scorer = Scorer(
-            evaluation=s.evaluation,
-            float_model=s.frozen.source,
-            scratch=s.scratch,
-            execution=s.execution,
-            reference=s.reference,
-            **s.scorer_options,
-        )
-        return {}
-
-    def run(self, task: TrialTask) -> Trial:
-        """Plan, write, load and score one candidate. One that the target refuses, that cannot be
-        written, loaded or scored is a failed trial."""
-        candidate = Candidate(
-            number=task.number,
-            label=task.label,
-            choices=dict(task.choices),
-            changed=task.changed,
-        )
-        details: dict[str, object] = {}
-        report: EvalReport | None = None
-        n_bytes, reason = 0, ""
-        try:
-            artifact = self._build(candidate, task.folder, details)
-            n_bytes = artifact.n_bytes
-            report = self._score(artifact.path, details)
-        except QdistError as error:
-            reason = str(error)
-        return Trial(
-            candidate=candidate, report=report, n_bytes=n_bytes, reason=reason, details=details
-        )
-
-    def _build(self, candidate: Candidate, folder: Path, details: dict[str, object]) -> Artifact:
-        if self._planner is None:
-            raise RuntimeError("run() before setup()")
-        begin = time.perf_counter()
-        plan = self._planner.plan(candidate.choices, candidate.why)
-        projected = self._setup.target.project(plan)
-        artifact = emit_qdq(self._setup.frozen, projected, folder / ARTIFACT, check=False)
-        projected.plan.save(folder / PLAN)
-        details |= {
-            "build_s": time.perf_counter() - begin,
-            "plan_digest": artifact.plan_digest,
-            "opset": artifact.opset,
-            "counts": dict(projected.plan.counts()),
-            "coverage": str(projected.plan.coverage()),
-        }
-        return artifact
-
-    def _score(self, model: Path, details: dict[str, object]) -> EvalReport:
-        if self._scorer is None:
-            raise RuntimeError("run() before setup()")
-        begin = time.perf_counter()
-        try:
-            return self._scorer.score(model)
-        finally:
-            details["evaluation_s"] = time.perf_counter() - begin
+_Answer: TypeAlias = PlanResult | Twin
 
 
 def tune(
     strategy: Strategy,
     setup: TrialSetup,
     cluster: ClusterSpec,
-    folder: Path,
-    *,
-    on_trial: Callable[[Trial], None] | None = None,
-    on_message: Callable[[str], None] | None = None,
-) -> list[Trial]:
-    """Run the strategy to its end; all trials by number.
+    book: TrialBook,
+    limits: Limits | None = None,
+    hooks: Hooks | None = None,
+) -> Outcome:
+    """Run the strategy to its end, to a limit, or to Ctrl-C.
 
-    Each round is finished before the next is asked for, so that the answer does not depend on
-    timing. ``on_trial`` hears of every trial as it ends, ``on_message`` of retries and losses.
     Raises QD801 to QD804; what is wrong with one candidate is the reason of its failed trial.
     """
-    trials: dict[int, Trial] = {}
+    layers_of = "" if setup.layers is None else setup.layers.name
+    known = replace(limits or Limits(), layers_of=layers_of)
+    return search(strategy, partial(TrialWorker, setup), cluster, book, known, hooks)
+
+
+def search(
+    strategy: Strategy,
+    make_worker: Callable[[], Worker[TrialTask, _Answer]],
+    cluster: ClusterSpec,
+    book: TrialBook,
+    limits: Limits,
+    hooks: Hooks | None = None,
+) -> Outcome:
+    """`tune`, with workers of the caller's own."""
     with (
         ray_session(cluster),
-        WorkerPool[TrialTask, Trial](
-            cluster, partial(TrialWorker, setup), name="trial", prefetch=0
-        ) as pool,
+        WorkerPool[TrialTask, _Answer](cluster, make_worker, name="trial", prefetch=0) as pool,
     ):
-        while proposals := strategy.ask():
-            by_number = {candidate.number: candidate for candidate in proposals}
-            for candidate in proposals:
-                pool.submit(_task(candidate, folder))
-            finished = _round(pool, by_number, on_trial, on_message)
-            trials.update((trial.candidate.number, trial) for trial in finished)
-            strategy.tell(finished)
-    return [trials[number] for number in sorted(trials)]
+        return _Search(strategy, pool, book, limits, hooks or Hooks()).run()
 
 
-def trial_folder(folder: Path, number: int) -> Path:
-    """Where a trial's files are."""
-    return folder / f"trial-{number:03d}"
+@dataclass(slots=True)
+class _Round:
+    """``waiting``: candidates without a result, by number; ``finished``: trials, as they ended."""
+
+    waiting: dict[int, Candidate]
+    finished: list[Trial] = field(default_factory=list)
 
 
-def _task(candidate: Candidate, folder: Path) -> TrialTask:
-    return TrialTask(
-        number=candidate.number,
-        label=candidate.label,
-        choices=tuple(candidate.choices.items()),
-        changed=candidate.changed,
-        folder=trial_folder(folder, candidate.number),
-    )
+class _Search:
+    """One run of one strategy over an entered pool."""
 
+    def __init__(
+        self,
+        strategy: Strategy,
+        pool: WorkerPool[TrialTask, _Answer],
+        book: TrialBook,
+        limits: Limits,
+        hooks: Hooks,
+    ) -> None:
+        self._strategy = strategy
+        self._pool = pool
+        self._book = book
+        self._limits = limits
+        self._hooks = hooks
+        self._trials: dict[int, Trial] = {}
+        self._round = _Round({})
+        self._running: dict[str, Candidate] = {}
+        self._twins: dict[str, list[Candidate]] = {}
+        self._ahead: list[Candidate] = []
+        self._ahead_of = -1
+        self._n_scored = self._n_reused = 0
+        self._begin = time.monotonic()
+        self._waited_s = 0.0
 
-def _round(
-    pool: WorkerPool[TrialTask, Trial],
-    by_number: dict[int, Candidate],
-    on_trial: Callable[[Trial], None] | None,
-    on_message: Callable[[str], None] | None,
-) -> list[Trial]:
-    finished: list[Trial] = []
-    tell: Callable[[str], None] = on_message or (lambda text: None)
-    while pool.n_pending:
-        match pool.next_event(0.5):
-            case Completed(result=trial):
-                whole = Trial(
-                    candidate=by_number[trial.candidate.number],
-                    report=trial.report,
-                    n_bytes=trial.n_bytes,
-                    reason=trial.reason,
-                    details=trial.details,
-                )
-                finished.append(whole)
-                if on_trial is not None:
-                    on_trial(whole)
-            case Failed(task=task, error=error):
+    def run(self) -> Outcome:
+        """All rounds."""
+        stopped: Stopped = "interrupt"
+        # Ctrl-C keeps what there is; a second one, later, is the caller's.
+        with suppress(KeyboardInterrupt):
+            stopped = self._rounds()
+        for trial in self._round.finished:
+            self._trials[trial.candidate.number] = trial
+        seconds = time.monotonic() - self._begin
+        return Outcome(
+            trials=[self._trials[number] for number in sorted(self._trials)],
+            stopped=stopped,
+            n_scored=self._n_scored,
+            n_reused=self._n_reused,
+            driver_s=seconds - self._waited_s,
+            seconds=seconds,
+        )
+
+    def _rounds(self) -> Stopped:
+        while (n_left := self._n_left()) > 0:
+            proposals = self._strategy.ask()[:n_left]
+            if not proposals:
+                return "strategy"
+            self._round = _Round({candidate.number: candidate for candidate in proposals})
+            if not self._finish_round():
+                return "time"
+            finished = sorted(self._round.finished, key=lambda trial: trial.candidate.number)
+            self._strategy.tell(finished)
+            self._trials.update((trial.candidate.number, trial) for trial in finished)
+            if any(self._is_reached(trial) for trial in finished):
+                return "target"
+        return "trials"
+
+    def _n_left(self) -> int:
+        most = self._limits.max_trials
+        return 1 << 30 if most is None else most - len(self._trials)
+
+    def _is_reached(self, trial: Trial) -> bool:
+        target = self._limits.target_score
+        if target is None or trial.report is None:
+            return False
+        sign = 1.0 if trial.report.higher_is_better else -1.0
+        return sign * trial.report.score >= sign * target
+
+    def _finish_round(self) -> bool:
+        """Whether the round was finished before the time was up."""
+        self._ahead_of = -1
+        for candidate in list(self._round.waiting.values()):
+            self._begin_trial(candidate)
+        while self._round.waiting:
+            left_s = self._left_s()
+            if left_s <= 0:
+                return False
+            self._run_ahead()
+            begin = time.monotonic()
+            event = self._pool.next_event(min(0.5, left_s))
+            self._waited_s += time.monotonic() - begin
+            self._take(event)
+        return True
+
+    def _left_s(self) -> float:
+        limit_s = self._limits.time_s
+        return float("inf") if limit_s is None else self._begin + limit_s - time.monotonic()
+
+    def _begin_trial(self, candidate: Candidate) -> None:
+        """Finish the trial with what is known, or have it scored."""
+        known = self._book.by_key(candidate.key)
+        if known is not None and self._is_enough(known, candidate):
+            self._finish(candidate, replace(known, reused=True))
+        elif candidate.key not in self._running:
+            self._submit(candidate)
+
+    def _is_enough(self, result: PlanResult, candidate: Candidate) -> bool:
+        wanted = candidate.wants_layers and self._limits.layers_of and result.report is not None
+        return not wanted or result.has_layers(self._limits.layers_of)
+
+    def _submit(self, candidate: Candidate) -> None:
+        self._running[candidate.key] = candidate
+        self._pool.submit(
+            TrialTask(
+                key=candidate.key,
+                number=candidate.number,
+                choices=tuple(candidate.choices.items()),
+                changed=candidate.changed,
+                wants_layers=candidate.wants_layers,
+                plans=self._book.plans,
+                session=self._book.session,
+            )
+        )
+
+    def _take(self, event: object) -> None:
+        tell = self._hooks.on_message or (lambda text: None)
+        match event:
+            case Completed(task=TrialTask() as task, result=Twin() as twin):
+                self._take_twin(self._running.pop(task.key), twin)
+            case Completed(task=TrialTask() as task, result=PlanResult() as result):
+                self._n_scored += not result.reused
+                self._known(self._running.pop(task.key), result)
+            case Failed(task=TrialTask() as task, error=error):
                 # Of the other trials' results nothing is lost, whatever it was.
-                lost = Trial(
-                    candidate=by_number[task.number], report=None, n_bytes=0, reason=str(error)
-                )
-                finished.append(lost)
-                if on_trial is not None:
-                    on_trial(lost)
-            case Retried(task=task, reason=reason):
+                lost = PlanResult(digest="", report=None, n_bytes=0, reason=str(error))
+                self._release(task.key)
+                self._known(self._running.pop(task.key), lost)
+            case Retried(task=TrialTask() as task, reason=reason):
                 tell(f"trial {task.number} is tried again: {reason}")
             case WorkerLost(worker=worker, reason=reason):
                 tell(f"worker {worker} is gone: {reason}")
             case _:
                 pass
-    return sorted(finished, key=lambda trial: trial.candidate.number)
+
+    def _take_twin(self, candidate: Candidate, twin: Twin) -> None:
+        """Wait for the task that scores the same plan, or score it after all if that has ended."""
+        known = self._book.by_digest(twin.digest)
+        if known is not None:
+            self._known(candidate, replace(known, reused=True))
+        elif twin.owner in self._running:
+            self._twins.setdefault(twin.owner, []).append(candidate)
+        else:
+            self._book.plan_folder(twin.digest).release()
+            self._submit(candidate)
+
+    def _release(self, owner: str) -> None:
+        """Let those that wait for a task that was given up try themselves."""
+        for candidate in self._twins.pop(owner, []):
+            self._submit(candidate)
+
+    def _known(self, candidate: Candidate, result: PlanResult) -> None:
+        """Pass a result on to all who wait for it: the round, and plans that come to the same."""
+        self._book.add(candidate.key, result)
+        for waiting in list(self._round.waiting.values()):
+            if waiting.key != candidate.key:
+                continue
+            if self._is_enough(result, waiting):
+                self._finish(waiting, result)
+            else:
+                self._submit(waiting)
+        for twin in self._twins.pop(candidate.key, []):
+            self._known(twin, replace(result, reused=True))
+
+    def _finish(self, candidate: Candidate, result: PlanResult) -> None:
+        trial = Trial(
+            candidate=candidate,
+            report=result.report,
+            n_bytes=result.n_bytes,
+            reason=result.reason,
+            details={**result.details, "reused": result.reused},
+            layers=result.layers if candidate.wants_layers else {},
+        )
+        del self._round.waiting[candidate.number]
+        self._round.finished.append(trial)
+        self._n_reused += result.reused
+        self._book.finish(trial, result.digest)
+        if self._hooks.on_trial is not None:
+            self._hooks.on_trial(trial)
+
+    def _run_ahead(self) -> None:
+        """Give idle workers what may be asked for next."""
+        strategy = self._strategy
+        if not isinstance(strategy, Foresighted):
+            return
+        while self._pool.n_idle and (candidate := self._next_ahead(strategy)) is not None:
+            self._submit(candidate)
+
+    def _next_ahead(self, strategy: Foresighted) -> Candidate | None:
+        n_finished = len(self._round.finished)
+        if self._ahead_of != n_finished:
+            self._ahead_of = n_finished
+            running = list(self._round.waiting.values())
+            n_left = self._n_left() - n_finished - len(running)
+            found = strategy.speculate(self._round.finished, running) if n_left > 0 else []
+            self._ahead = _unlike(found[:n_left])
+        while self._ahead:
+            candidate = self._ahead.pop(0)
+            if candidate.key not in self._running and self._book.by_key(candidate.key) is None:
+                return candidate
+        return None
+
+
+def _unlike(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """One candidate for each set of choices, in order."""
+    return list({candidate.key: candidate for candidate in candidates}.values())

@@ -62,6 +62,8 @@ CODES: dict[str, str] = {
     "QD507": "the target does not support what the plan asks for",
     "QD508": "a file of rules cannot be used",
     "QD509": "neighbouring layers must agree",
+    "QD511": "the latency table cannot be used",
+    "QD512": "the latency table lacks a layer",
     # 6xx: artifacts
     "QD601": "the artifact does not pass the ONNX checker",
     "QD602": "ONNX Runtime does not load the artifact",

@@ -59,6 +59,12 @@ def load_target(target: str) -> Callable[..., Any]:
     return found
 
 
+def load_module(file: Path) -> ModuleType:
+    """The module of one file, run once for each content. Raises `ConfigError` QD108."""
+    with _LOADING:
+        return _load_file(str(file), file)
+
+
 def _import(target: str, place: str) -> ModuleType:
     try:
         return importlib.import_module(place)

@@ -14,7 +14,7 @@ from bench_accuracy_scores import EXECUTION
 from qdist.calibration import CalibrationSettings, prepare
 from qdist.calibration.here import calibrate_here
 from qdist.emit.qdq import emit_qdq
-from qdist.evaluate.compare import sensitivity
+from qdist.evaluate.sensitivity import sensitivity
 from qdist.model.freeze import FrozenModel, freeze
 from qdist.model.graph import Graph
 from qdist.model.loading import load_model

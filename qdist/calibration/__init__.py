@@ -14,6 +14,7 @@
 ``run``         measures and merges until nothing is missing.
 ``here``        all of it in this process, without Ray.
 ``converge``    no more samples than the thresholds need: early stopping.
+``prefix``      statistics of the first samples alone.
 ``blockwise``   statistics of equal blocks of the samples (Icraft's ``batch``).
 ``stage``       some segments of a model as one stage of a pipeline.
 ``boundary``    tensors on their way from one stage to the next, in the store's place.

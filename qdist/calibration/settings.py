@@ -53,12 +53,13 @@ class CalibrationSettings:
         weights once a shard, which 64 samples are to share; a model of few ``weight_bytes`` (None:
         unknown) is through 64 in seconds, in which a record would cost as much as a few of them.
         Where there are several workers, each gets four shards if that leaves 16 samples to each
-        shard, so that the last one to finish is not far behind; and one at least.
+        shard, 32 of a light model, so that the last one to finish is not far behind; and one at
+        least.
         """
         is_light = weight_bytes is not None and weight_bytes <= LIGHT_BYTES
         wanted = max(64 if n_segments > 1 or is_light else 16, math.ceil(n_samples / 512))
         if self.n_workers > 1:
             share = math.ceil(n_samples / self.n_workers)
             quarter = math.ceil(share / 4) if n_segments == 1 else share
-            wanted = min(wanted, max(quarter, min(16, share)))
+            wanted = min(wanted, max(quarter, min(32 if is_light else 16, share)))
         return self.shard_samples or wanted

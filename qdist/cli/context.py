@@ -82,8 +82,11 @@ class Context(Generic[SettingsT]):
         return freeze(model, self.execution)
 
     @contextmanager
-    def tracked(self, *, params: Mapping[str, Any], model_digest: str) -> Iterator[Run]:
-        """An MLflow run for this command; failures and Ctrl-C end it as such."""
+    def tracked(
+        self, *, params: Mapping[str, Any], model_digest: str, resume: str | None = None
+    ) -> Iterator[Run]:
+        """An MLflow run for this command; failures and Ctrl-C end it as such. ``resume``: the id
+        of a run to go on with, if MLflow has it."""
         spec = domain.tracking(self.settings.tracking)
         with open_tracker(spec, spool_folder=self.folder, warn=self.say) as tracker:
             with tracker.start_run(
@@ -92,10 +95,14 @@ class Context(Generic[SettingsT]):
                 config=self.config,
                 params={"model": self.settings.model.name, **params},
                 model_digest=model_digest,
+                resume=resume,
             ) as run:
                 yield run
             if tracker.n_spooled:
+                tracker.catch_up()
+            if tracker.n_spooled:
                 self.say(
                     f"note: {tracker.n_spooled} MLflow records wait in {self.folder}; "
-                    "the server did not take them"
+                    "the server did not take them. The next command with this output folder "
+                    "sends them"
                 )

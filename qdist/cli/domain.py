@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qdist.calibration import CalibrationSettings
 from qdist.cli import schema
+from qdist.cli.evaluation_words import command_words, plugin_folders
 from qdist.cli.sizes import n_bytes
 from qdist.cli.tracking import TrackingSpec
 from qdist.data.arrays import ArraySource
 from qdist.data.function import FunctionSource
+from qdist.data.halves import Part, PartName
 from qdist.data.images import ImageSource
 from qdist.data.preprocess import Preprocess
 from qdist.data.source import DataSource
@@ -19,6 +22,7 @@ from qdist.data.text import TextSource
 from qdist.errors import ConfigError
 from qdist.evaluate.builtin import DatasetEvaluation
 from qdist.evaluate.command import CommandEvaluation
+from qdist.evaluate.custom_metric import ClassEvaluation
 from qdist.evaluate.function import FunctionEvaluation
 from qdist.evaluate.scorer import Evaluation
 from qdist.model.session import Execution
@@ -31,10 +35,16 @@ from qdist.plan.rules import Rule
 from qdist.plan.selector import is_of_tensors
 from qdist.plan.target import Target
 from qdist.search.greedy import GreedySettings
+from qdist.search.latency import LatencyTable, read_latency_table
+from qdist.search.settings import SearchSettings
+from qdist.search.space import SpaceSettings
 from qdist.stats.spec import GroupRequest, StatisticsSpec
 from qdist.store.location import is_url
 from qdist.threshold.convergence import Convergence
 from qdist.threshold.registry import check_method
+
+HIGH_OPSET = 21
+"""What 4- and 16-bit Q/DQ need."""
 
 if TYPE_CHECKING:  # importing Ray costs half a second that --help should not pay
     from actors.session import ClusterSpec
@@ -227,28 +237,26 @@ def target(config: schema.TargetConfig) -> Target:
     )
 
 
-def evaluation(config: schema.EvaluationConfig, data: schema.DataConfig | None) -> Evaluation:
-    """How models are scored. Raises QD105 when a metric has no data, QD701."""
+def evaluation(
+    config: schema.EvaluationConfig, data: schema.DataConfig | None, part: PartName | None = None
+) -> Evaluation:
+    """How models are scored, on all samples or on a part of them (evaluation.search_share).
+
+    Raises QD105 when a metric has no data, QD701.
+    """
     match config:
         case schema.MetricConfig():
-            if data is None:
-                raise ConfigError(
-                    "QD105",
-                    where="data",
-                    got="no data",
-                    expected="a data set for the metric",
-                    mend="add data=GROUP to the command",
-                )
             return DatasetEvaluation(
-                source=evaluation_source(data),
+                source=evaluation_part(config, evaluation_source(_needed(data)), part),
                 metric=config.metric,
                 batch=config.batch,
                 token_input=config.token_input,
             )
         case schema.CommandConfig():
+            words, folder = command_words(config)
             return CommandEvaluation(
-                command=tuple(_found_from_elsewhere(word) for word in config.command),
-                folder=absolute(config.folder) if config.folder else None,
+                command=tuple(_found_from_elsewhere(word) for word in words),
+                folder=absolute(folder) if folder else None,
                 timeout_s=config.timeout_s,
                 higher_is_better=config.higher_is_better,
                 metric=config.metric,
@@ -263,7 +271,39 @@ def evaluation(config: schema.EvaluationConfig, data: schema.DataConfig | None) 
                 higher_is_better=config.higher_is_better,
                 arguments=config.arguments,
                 metric=config.metric,
+                sample_range=config.sample_range,
+                stop_risk=config.stop_risk,
             )
+        case schema.ClassConfig():
+            return ClassEvaluation(
+                source=evaluation_part(config, evaluation_source(_needed(data)), part),
+                metric_cls=config.metric_cls,
+                metric_input=config.metric_input,
+                folders=plugin_folders(config.folder),
+                replace_output=tuple(config.replace_output),
+                batch=config.batch,
+            )
+
+
+def evaluation_part(
+    config: schema.MetricConfig | schema.ClassConfig, whole: DataSource, part: PartName | None
+) -> DataSource:
+    """A part of the evaluation set; all of it where it is not divided."""
+    if part is None or config.search_share is None:
+        return whole
+    return Part(source=whole, part=part, share=config.search_share)
+
+
+def _needed(data: schema.DataConfig | None) -> schema.DataConfig:
+    if data is None:
+        raise ConfigError(
+            "QD105",
+            where="data",
+            got="no data",
+            expected="a data set for the metric",
+            mend="add data=GROUP to the command",
+        )
+    return data
 
 
 def scorer_options(config: schema.EvaluationConfig) -> dict[str, int | str | None]:
@@ -321,6 +361,88 @@ def greedy(config: schema.SearchConfig) -> GreedySettings:
         max_trials=config.max_trials,
         first_share=config.first_share,
     )
+
+
+def space(
+    config: schema.SearchConfig, base: str, target: Target, opset_refusal: str | None
+) -> SpaceSettings:
+    """What layers may become. ``opset_refusal``: why the model cannot have the opset of 4- and
+    16-bit layers. Raises QD501, QD506, QD507."""
+    wanted = tuple(config.precisions) or tuple(
+        name for name in (base, config.low, config.high) if name is not None
+    )
+    for name in wanted:
+        precision(name)
+    for method in config.saturations:
+        check_method(method)
+    grains = dict.fromkeys((*config.granularities, *(("channel",) if target.per_channel else ())))
+    for name in grains:
+        LayerChoice(granularity=name)
+    for name in config.activation_granularities:
+        LayerChoice(activation_granularity=name)
+    return SpaceSettings(
+        precisions=wanted,
+        granularities=tuple(grains),
+        activation_granularities=tuple(config.activation_granularities),
+        saturations=tuple(config.saturations),
+        weight_range_bits=tuple(config.weight_range_bits),
+        activation_range_bits=tuple(config.activation_range_bits),
+        max_opset=None if opset_refusal is None else HIGH_OPSET - 1,
+    )
+
+
+def latency(config: schema.SearchConfig) -> LatencyTable | None:
+    """The user's table, where there is one. Raises QD107 where it is missing, QD511."""
+    if config.cost != "latency":
+        return None
+    if config.latency is None:
+        raise ConfigError(
+            "QD107",
+            where="search.cost=latency",
+            got="no search.latency",
+            expected="a CSV file of operator,dtype,us",
+            mend="give search.latency=FILE.csv, or another search.cost",
+        )
+    return read_latency_table(absolute(config.latency))
+
+
+def search_settings(
+    config: schema.SearchConfig, plain_cost: float, *, per_channel: bool = True
+) -> SearchSettings:
+    """What a strategy is told. ``plain_cost``: of the plain plan, which a budget in percent is of.
+    Raises QD104, QD501, QD506."""
+    # What the target would refuse in every trial is not tried.
+    own = replace(greedy(config), granularity="channel" if per_channel else None)
+    return SearchSettings(
+        max_trials=config.max_trials,
+        trials_per_round=config.trials_per_round,
+        n_budgets=config.n_budgets,
+        patience=config.patience,
+        budget=_budget(config.budget, plain_cost),
+        target=config.target,
+        include_greedy=config.include_greedy,
+        greedy=own,
+        options=config.options,
+    )
+
+
+def _budget(given: float | str | None, plain_cost: float) -> float | None:
+    if given is None:
+        return None
+    text = str(given).strip()
+    try:
+        value = float(text[:-1]) / 100 * plain_cost if text.endswith("%") else float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise ConfigError(
+            "QD104",
+            where="search.budget",
+            got=repr(given),
+            expected="a cost, or a share of the plain plan's such as 60%",
+            mend="write search.budget=1.5e6 or search.budget=60%",
+        )
+    return value
 
 
 def location(path: str) -> str:

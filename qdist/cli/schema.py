@@ -5,9 +5,9 @@ The description of every key is what ``qdist COMMAND --help`` prints.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, StrictInt
+from pydantic import Field, StrictInt
 
 from qdist.cli.data_schema import (
     ArraySamples,
@@ -27,6 +27,14 @@ from qdist.cli.data_schema import (
     TextConfig,
     TextSamples,
 )
+from qdist.cli.evaluation_schema import (
+    ClassConfig,
+    CommandConfig,
+    EvaluationConfig,
+    FunctionConfig,
+    MetricConfig,
+)
+from qdist.cli.search_schema import SearchConfig
 from qdist.threshold.registry import METHODS
 
 
@@ -119,6 +127,7 @@ class RuleConfig(Group):
     th_scale: float | None = Field(None, gt=0)
     threshold: float | None = Field(None, gt=0)
     bounds: list[float] | None = None
+    table_bits: int | None = None
 
 
 class MixConfig(Group):
@@ -157,8 +166,8 @@ class QuantizationConfig(Group):
 
     precision: str = Field(
         "int8",
-        description="int8, uint8, int16, uint16, w4a8, w4a16, w8a16 (weights, activations), "
-        "w4, w8 (weights alone), bf16, fp16, tf32, fp8_e4m3, fp8_e5m2 or float32",
+        description="int8, uint8, int16, uint16, int4, uint4, w4a8, u4a8, w4a16, w8a16 (weights, "
+        "activations), w4, u4, w8 (weights alone), bf16, fp16, tf32, fp8_e4m3, fp8_e5m2 or float32",
     )
     granularity: str = Field(
         "channel",
@@ -177,7 +186,9 @@ class QuantizationConfig(Group):
         None, description="use so many of an activation's bits"
     )
     saturation: str = Field(
-        "auto", description=f"range of activations: {', '.join(METHODS)}, or a vendor's name"
+        "auto",
+        description=f"range of activations: {', '.join(METHODS)}, or a vendor's name; parameters "
+        "may follow, percentile:99.9",
     )
     saturation_parameters: dict[str, Any] = Field(
         {},
@@ -252,65 +263,6 @@ class TargetConfig(Group):
     )
 
 
-class SearchConfig(Group):
-    """How the search goes."""
-
-    strategy: Literal["greedy"] = Field("greedy", description="how plans are proposed")
-    max_trials: int = Field(12, ge=1, description="the plain plan included")
-    low: str | None = Field("w4a8", description="precision to lower insensitive layers to")
-    high: str | None = Field("w8a16", description="precision to raise sensitive layers to")
-    saturations: list[str] = Field(description="threshold methods to try")
-    first_share: float = Field(0.5, gt=0, le=1, description="share of layers moved at first")
-    sensitivity_samples: int = Field(32, ge=1, description="samples to rank layers by")
-
-
-class MetricConfig(Group):
-    """A named metric over data.evaluation."""
-
-    kind: Literal["metric"]
-    metric: str = Field(description="top1, top5, nll, perplexity, agreement, sqnr_db, ...")
-    batch: int = Field(32, ge=1, description="samples per run")
-    token_input: str | None = Field(None, description="the input of token ids, for text")
-
-
-class CommandConfig(Group):
-    """The user's own script."""
-
-    # `--batch 8` is words to a command, though YAML reads a number.
-    model_config = ConfigDict(coerce_numbers_to_str=True)
-
-    kind: Literal["command"]
-    command: list[str] = Field(description="program and arguments; {model} is the artifact")
-    folder: str | None = Field(None, description="copied for every run, which works in the copy")
-    timeout_s: float = Field(3600, gt=0, description="then the whole process group is ended")
-    higher_is_better: bool = Field(True, description="which way the metric ranks")
-    metric: str | None = Field(None, description="which of several named numbers is the score")
-    read: Literal["auto", "stdout", "metrics.txt", "metrics.json"] = Field(
-        "auto", description="where the metric is"
-    )
-    shell: bool = Field(False, description="give the command to /bin/sh")
-    keep: bool = Field(False, description="leave the working copy in place")
-    environment: dict[str, str] = Field({}, description="variables for the command")
-
-
-class FunctionConfig(Group):
-    """The user's own Python function."""
-
-    kind: Literal["function"]
-    target: str = Field(description="module:function or FILE.py:function, called with an executor")
-    higher_is_better: bool = Field(True, description="which way the metric ranks")
-    metric: str | None = Field(None, description="which of several named numbers is the score")
-    arguments: dict[str, Any] = Field({}, description="keyword arguments for the function")
-    batch_size: int = Field(1, ge=1, description="executor.batch_size")
-    iteration: int | None = Field(None, ge=1, description="executor.iteration")
-    dataset: str | None = Field(None, description="executor.dataset")
-
-
-EvaluationConfig = Annotated[
-    MetricConfig | CommandConfig | FunctionConfig, Field(discriminator="kind")
-]
-
-
 class CompareConfig(Group):
     """How layers are compared."""
 
@@ -353,7 +305,9 @@ class TrackingConfig(Group):
     enabled: bool = Field(True, description="record runs")
     uri: str = Field(description="sqlite:///FILE or http(s)://SERVER")
     experiment: str = Field("qdist", description="created if missing")
-    artifacts: Literal["all", "best", "none"] = Field("all", description="which files are sent")
+    artifacts: Literal["all", "front", "best", "none"] = Field(
+        "all", description="whose models are sent: of all trials, of the front, the best, none"
+    )
     run_name: str | None = Field(None, description="of the parent run")
 
 
@@ -401,6 +355,11 @@ class QuantizeSettings(CommandSettings):
         None,
         description="write a file of rules to edit, and no model: icraft, icraft_sample, "
         "icraft_manual, knight, slimai, slimai_profile or sophgo (also --template FORM)",
+    )
+    template_into: str | None = Field(
+        None,
+        description="with template=sophgo or slimai_profile: your own prototxt, or a profile that "
+        "the tool dumped; a copy is written with nothing but those fields changed",
     )
 
 
@@ -489,6 +448,7 @@ __all__ = [
     "CalibrateSettings",
     "CalibrationConfig",
     "CapturedSamples",
+    "ClassConfig",
     "ClusterConfig",
     "CommandConfig",
     "CommandSettings",

@@ -27,6 +27,8 @@ from qdist.model.graph import Graph
 
 Run = Callable[[dict[str, NDArray[Any]]], list[NDArray[Any]]]
 """Feeds by input name -> outputs in the graph's order."""
+Shapes = dict[str, list[int | str | None]]
+"""Layer -> shape of its first output; None and names where an axis is not fixed."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -43,6 +45,7 @@ class Executor:
     shape_dicts: layer -> shape of its first output, once `init_shape_info` was called.
     node_of_output: output of every operator -> the operator's name.
     node_shapes: layer -> shape of its first output, as far as shape inference tells.
+    describe: gives these two when the function first asks for either; None: they are given.
     """
 
     run: Run
@@ -53,9 +56,10 @@ class Executor:
     batch_size: int = 1
     dataset: str | None = None
     early_stop_flag: bool = False
-    shape_dicts: dict[str, list[int | str | None]] = field(default_factory=dict)
+    shape_dicts: Shapes = field(default_factory=dict)
     node_of_output: dict[str, str] = field(default_factory=dict)
-    node_shapes: dict[str, list[int | str | None]] = field(default_factory=dict)
+    node_shapes: Shapes = field(default_factory=dict)
+    describe: Callable[[], tuple[dict[str, str], Shapes]] | None = None
 
     def forward(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
         """Run the model once. One array per input, in the order of ``input_nodes``.
@@ -74,14 +78,31 @@ class Executor:
         arrays = (np.asarray(array) for array in inputs)
         return self.run(dict(zip(self.input_nodes, arrays, strict=True)))
 
-    def init_shape_info(self) -> dict[str, list[int | str | None]]:
-        """Fill ``shape_dicts``, and return it."""
+    def init_shape_info(self) -> Shapes:
+        """Fill ``shape_dicts``, and return it. Raises what ``describe`` raises."""
+        self._describe()
         self.shape_dicts = {name: list(shape) for name, shape in self.node_shapes.items()}
         return self.shape_dicts
 
     def output_name_to_node_name(self) -> dict[str, str]:
-        """Output of every operator -> the operator's name."""
+        """Output of every operator -> the operator's name. Raises what ``describe`` raises."""
+        self._describe()
         return dict(self.node_of_output)
+
+    def _describe(self) -> None:
+        if self.describe is not None:
+            self.node_of_output, self.node_shapes = self.describe()
+            self.describe = None
+
+
+def layer_names(graph: Graph) -> tuple[dict[str, str], Shapes]:
+    """Output of every operator -> the operator's name; and the shapes of layers."""
+    shapes: Shapes = {}
+    for name, node in graph.nodes.items():
+        found = graph.type_of(node.output[0])
+        if found is not None and found.shape is not None:
+            shapes[name] = list(found.shape)
+    return {name: node.name for name, node in graph.maker.items()}, shapes
 
 
 def executor_for(
@@ -93,11 +114,7 @@ def executor_for(
     dataset: str | None = None,
 ) -> Executor:
     """The executor of a frozen model, whose outputs ``run`` computes."""
-    shapes: dict[str, list[int | str | None]] = {}
-    for name, node in graph.nodes.items():
-        found = graph.type_of(node.output[0])
-        if found is not None and found.shape is not None:
-            shapes[name] = list(found.shape)
+    layers, shapes = layer_names(graph)
     return Executor(
         run=run,
         input_nodes=list(graph.input_names),
@@ -106,7 +123,7 @@ def executor_for(
         iteration=iteration,
         batch_size=batch_size,
         dataset=dataset,
-        node_of_output={name: node.name for name, node in graph.maker.items()},
+        node_of_output=layers,
         node_shapes=shapes,
     )
 

@@ -10,6 +10,8 @@
 ``reference`` the float model's outputs, on disk.
 ``overlap``   are evaluation samples calibration samples?
 ``compare``   layer by layer, fed by float inputs and by the quantized model's own.
+``sensitivity`` all layers alone, for many choices in few runs.
+``end_to_end`` how far the outputs move when one group of layers is quantized.
 ``modes``     layer by layer, the artifact and the chip's whole numbers.
 ``dump``      outputs as text files, for tools that read them; ``blob`` one tensor as such.
 """

@@ -31,6 +31,9 @@ class EvalReport:
     seconds: wall-clock time.
     log: the tail of the output, at most `LOG_CHARACTERS` of it.
     mode: what was run; "artifact-exact" is the emitted file as it is written.
+    per_sample: the score of every sample, in order, where the evaluation gives them.
+    stopped_early: the evaluation ended before its last sample, because this model had lost; the
+        score is that of the samples so far, and ranks below every one of a whole evaluation.
 
     Raises `qdist.errors.EvaluationError` QD704 when the score is NaN or infinite, and
     `ValueError` when the fields contradict each other.
@@ -44,6 +47,8 @@ class EvalReport:
     seconds: float
     log: str = ""
     mode: str = ARTIFACT_EXACT
+    per_sample: tuple[float, ...] = ()
+    stopped_early: bool = False
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.score):
@@ -64,7 +69,13 @@ class EvalReport:
         object.__setattr__(self, "log", self.log[-LOG_CHARACTERS:])
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object. Numbers that JSON lacks become the strings "nan", "inf" and "-inf"."""
+        """A JSON object. Numbers that JSON lacks become the strings "nan", "inf" and "-inf".
+        ``per_sample`` and ``stopped_early`` are left out where they say nothing."""
+        rest: dict[str, Any] = {}
+        if self.per_sample:
+            rest["per_sample"] = list(self.per_sample)
+        if self.stopped_early:
+            rest["stopped_early"] = True
         return {
             "score": self.score,
             "metric": self.metric,
@@ -77,6 +88,7 @@ class EvalReport:
             "seconds": self.seconds,
             "log": self.log,
             "mode": self.mode,
+            **rest,
         }
 
     @classmethod
@@ -84,6 +96,7 @@ class EvalReport:
         """The report that `to_json` wrote. Raises `TypeError` for missing or unknown fields."""
         fields = dict(value)
         fields["metrics"] = {k: float(v) for k, v in fields.get("metrics", {}).items()}
+        fields["per_sample"] = tuple(map(float, fields.get("per_sample", ())))
         return cls(**fields)
 
 

@@ -9,16 +9,22 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Self
 
+from qdist.data.executor import Shapes, layer_names
 from qdist.data.source import DataSource
 from qdist.evaluate.builtin import DatasetEvaluation, Runner, evaluate_on
 from qdist.evaluate.command import CommandEvaluation
+from qdist.evaluate.custom_metric import ClassEvaluation
+from qdist.evaluate.early import Incumbent
 from qdist.evaluate.function import Executor, FunctionEvaluation
 from qdist.evaluate.reference import append_outputs, read_outputs
 from qdist.evaluate.report import EvalReport
 from qdist.files import make_folder, replacing
+from qdist.model.freeze import freeze
+from qdist.model.graph import Graph
+from qdist.model.loading import load_model
 from qdist.model.session import Execution
 
-Evaluation = DatasetEvaluation | CommandEvaluation | FunctionEvaluation
+Evaluation = DatasetEvaluation | CommandEvaluation | FunctionEvaluation | ClassEvaluation
 
 
 @dataclass(slots=True, kw_only=True)
@@ -42,6 +48,7 @@ class Scorer:
     batch_size: int = 1
     iteration: int | None = None
     dataset: str | None = None
+    _named: tuple[dict[str, str], Shapes] | None = field(default=None, repr=False)
     _folder: TemporaryDirectory[str] | None = field(default=None, repr=False)
 
     def __enter__(self) -> Self:
@@ -57,12 +64,18 @@ class Scorer:
             self._folder.cleanup()
             self._folder = self.reference = None
 
-    def score(self, model: Path) -> EvalReport:
-        """Score a model on disk. Raises `EvaluationError`, `DataError`, QD205, QD603."""
+    def score(self, model: Path, incumbent: Incumbent | None = None) -> EvalReport:
+        """Score a model on disk. ``incumbent``: what it has to beat, where the evaluation gives
+        per-sample scores (`FunctionEvaluation.incumbent`); it may then stop early.
+
+        Raises `EvaluationError`, `DataError`, QD205, QD603.
+        """
         if isinstance(self.evaluation, CommandEvaluation):
             return self.evaluation.run(model, self.scratch)
         if isinstance(self.evaluation, FunctionEvaluation):
-            return self._call(self.evaluation, model)
+            return self._call(self.evaluation, model, incumbent)
+        if isinstance(self.evaluation, ClassEvaluation):
+            return self.evaluation.run(Runner(model, self.execution), self.scratch)
         reference = self.reference
         if reference is None:
             report, reference = self._score_float(self.evaluation)
@@ -73,11 +86,13 @@ class Scorer:
 
     def source(self) -> DataSource | None:
         """The evaluation's own data, where it is a data set."""
-        if isinstance(self.evaluation, DatasetEvaluation):
+        if isinstance(self.evaluation, DatasetEvaluation | ClassEvaluation):
             return self.evaluation.source
         return None
 
-    def _call(self, evaluation: FunctionEvaluation, model: Path) -> EvalReport:
+    def _call(
+        self, evaluation: FunctionEvaluation, model: Path, incumbent: Incumbent | None
+    ) -> EvalReport:
         runner = Runner(model, self.execution)
         return evaluation.run(
             Executor(
@@ -88,8 +103,17 @@ class Scorer:
                 iteration=self.iteration,
                 batch_size=self.batch_size,
                 dataset=self.dataset,
-            )
+                describe=self._layers,
+            ),
+            incumbent,
         )
+
+    def _layers(self) -> tuple[dict[str, str], Shapes]:
+        """Of the float model, whose tensor names the quantized one keeps."""
+        if self._named is None:
+            frozen = freeze(load_model(self.float_model), self.execution)
+            self._named = layer_names(Graph(frozen, self.execution))
+        return self._named
 
     def _score_float(self, evaluation: DatasetEvaluation) -> tuple[EvalReport, Path]:
         """One pass over the data: the float model's score, and its outputs into the file."""

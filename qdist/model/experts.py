@@ -55,6 +55,8 @@ def routed(graph: Graph) -> dict[str, Expert]:
     """Matmul-like layers that see a number of rows that depends on the data, by name, in graph
     order: those on selected rows, and those in branches that only some data take."""
     bodies = find_bodies(graph)
+    if not bodies and not any(node.op_type in _SELECTING for node in graph.proto.graph.node):
+        return {}
     tracer = _Tracer(Origins(graph, bodies))
     tracer.trace(graph, graph.proto.graph)
     for body in bodies:

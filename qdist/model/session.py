@@ -122,6 +122,16 @@ def scoring_session(
     return open_session(model, data_folder, execution, options)
 
 
+def folding_session(model: Path, execution: Execution) -> ort.InferenceSession:
+    """A session that computes what depends on constants alone once, when it is made, and every
+    other node as it is written, in the order in which it is written. Dequantized weights are held
+    then, and not made again in every run. Float operators may be fused. Raises QD205."""
+    options = measuring_options(execution)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return open_session(model, None, execution, options)
+
+
 def deployed_session(model: Path, execution: Execution) -> ort.InferenceSession:
     """A session with ONNX Runtime's defaults: what a user's application would get on this CPU."""
     return open_session(model, None, execution, session_options(execution))

@@ -5,4 +5,5 @@
               the project is checked against.
 ``grid``      which scales a chip can multiply with: any float32, powers of two, ``m * 2**-n``.
 ``cuts``      how an ``m * 2**-n`` scale is split over a matrix unit and a vector unit.
+``table``     how long the tables of functions are.
 """

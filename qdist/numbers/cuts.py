@@ -48,10 +48,29 @@ def matrix_grid(bits: int) -> MultiplierGrid:
     return MultiplierGrid(n_low=bits, n_high=2 * bits + MOST_FIRST_CUT)
 
 
-def vector_cuts(scales: Sequence[float], bits: int) -> Cuts:
-    """One cut, each scale for itself."""
+def vector_cuts(scales: Sequence[float], bits: int, biases: Sequence[float] | None = None) -> Cuts:
+    """One cut, each scale for itself, and for the bias too.
+
+    A scale that is nearly zero (below half the least there is) gives way to that of the bias, as
+    the vendor's document has it: the least under which the bias fits. ``biases``: as of
+    `matrix_cuts`.
+    """
     grid = vector_grid(bits)
-    return Cuts(shift=0, scales=tuple(grid.snap(scale) for scale in scales))
+    wanted = [
+        shared_scale(scale, bias, bits)
+        for scale, bias in zip(scales, biases or [0.0] * len(scales), strict=True)
+    ]
+    return Cuts(shift=0, scales=tuple(grid.snap(scale) for scale in wanted))
+
+
+def shared_scale(scale: float, bias: float, bits: int) -> float:
+    """The scale of a weight, or where that is nearly zero the bias's (0: there is none)."""
+    least = 2.0 ** -vector_grid(bits).n_high
+    if scale >= least / 2 or bias == 0.0:
+        return scale
+    # Snapping may take 1/256 off a scale, or half the least one.
+    wide = (1 << (BIAS_FACTOR * bits - 1)) - 1
+    return bias / wide * (1 + 2.0**-7) + least / 2
 
 
 def matrix_cuts(scales: Sequence[float], bits: int, biases: Sequence[float] | None = None) -> Cuts:

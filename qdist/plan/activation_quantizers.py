@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from qdist.model.channels import channel_axes
 from qdist.model.graph import FLOAT_TYPES, Graph
 from qdist.model.precision import HALF
@@ -17,10 +15,6 @@ from qdist.plan.granularity import parse_granularity
 from qdist.plan.quantizer import Quantizer
 from qdist.plan.range_rule import RangeRule, activation_quantizer
 from qdist.plan.tensor_rules import TensorRules
-from qdist.threshold.registry import resolve
-
-_NARROW_FLOAT = {"percentile": "percentile"}
-"""Threshold methods that say something of a floating-point type; the others compare even steps."""
 
 
 class ActivationQuantizers:
@@ -69,8 +63,7 @@ class ActivationQuantizers:
             record = self._ranges.record
             return ranges.rounded(kind, record.histogram(row).finite if row in record else None)
         if isinstance(kind, FloatType):
-            method = _NARROW_FLOAT.get(resolve(rule.method)[0], "max")
-            threshold = self._ranges.threshold(row, 8, replace(rule, method=method))
+            threshold = self._ranges.float_threshold(row, kind, rule)
             return threshold if isinstance(threshold, str) else ranges.scaled_float(kind, threshold)
         found = self._finer(tensor, row, kind, rule)
         if found is None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from qdist.digest import digest_arrays
 from qdist.errors import StoreError
 from qdist.model.graph import Graph
 from qdist.model.layers import Layer
 from qdist.model.taps import TapTable
+from qdist.numbers.dtype import FloatType
 from qdist.plan.consumers import consumers_of
 from qdist.plan.destinations import Destinations
 from qdist.plan.plan_settings import PlanSettings
 from qdist.plan.precision import activation_levels
-from qdist.plan.range_rule import RangeRule
+from qdist.plan.range_rule import FIXED, RangeRule
 from qdist.stats import grid
 from qdist.stats.histogram import Density
 from qdist.stats.record import CalibrationRecord
@@ -22,6 +26,8 @@ from qdist.threshold.blocks import mean_threshold
 from qdist.threshold.clip import Levels, Threshold
 from qdist.threshold.consumer import Consumer
 from qdist.threshold.error import measured
+from qdist.threshold.float_error import FLOAT_METHODS, float_threshold, measured_float
+from qdist.threshold.pinning import Pinning, pinning
 from qdist.threshold.registry import applicable, find_threshold, resolve
 from qdist.threshold.sentinel import keep_masked, split_sentinels
 
@@ -51,12 +57,19 @@ class ActivationRanges:
         self._consumers: dict[str, tuple[Consumer, ...]] = {}
         self._digests: dict[str, str] = {}
         self._destinations = Destinations(graph, taps)
+        self._pinnings: dict[tuple[str, str], Pinning] = {}
 
     @property
     def asked(self) -> Mapping[str, tuple[Consumer, ...]]:
         """Row -> the layers that the method ``auto`` judged its range by, of rows whose range it
         chose so far."""
         return self._consumers
+
+    @property
+    def pinnings(self) -> Mapping[tuple[str, str], Pinning]:
+        """Row and divergence -> how far the stored bins pin its range down, of those that were
+        found so far."""
+        return self._pinnings
 
     def levels(self, bits: int, rule: RangeRule) -> Levels:
         """The levels of a signed activation of ``bits`` bits that are in use."""
@@ -94,6 +107,41 @@ class ActivationRanges:
         _, n_masked = self._split(row)
         return keep_masked(found, body, levels) if n_masked else found
 
+    def float_threshold(self, row: str, kind: FloatType, rule: RangeRule) -> Threshold | str:
+        """As `threshold`, symmetric, for a floating-point type that has a scale. Methods that
+        compare evenly spaced levels are ``max`` there. Raises QD406."""
+        levels = activation_levels(kind.bits, symmetric=True)
+        if row not in self.record and rule.bounds is not None:
+            return rule.without_statistics(levels)
+        body = self.body(row)
+        if isinstance(body, str):
+            return body
+        if rule.is_fixed:
+            given = rule.fixed(body, levels)
+            return measured_float(body, given.low, given.high, kind, FIXED)
+        found = self._float_found(row, body, kind, rule)
+        low, high = found.low * rule.th_scale, found.high * rule.th_scale
+        if self._split(row)[1]:
+            low = keep_masked(replace(found, low=low, high=high), body, levels).low
+        return measured_float(body, low, high, kind, found.method)
+
+    def _float_found(self, row: str, body: Density, kind: FloatType, rule: RangeRule) -> Threshold:
+        parameters = applicable(rule.method, self._settings.saturation_parameters)
+        name, given = resolve(rule.method, parameters)
+        name = name if name in FLOAT_METHODS else "max"
+        if not self.blocks:
+            return float_threshold(body, kind, name, given)
+        parts = [split_sentinels(block.histogram(row).finite).body for block in self.blocks]
+        found = [
+            float_threshold(part, kind, name, given)
+            for part in parts
+            if part.minimum < 0.0 or part.maximum > 0.0
+        ]
+        if not found:
+            return float_threshold(body, kind, name, given)
+        low, high = (float(np.mean([getattr(f, end) for f in found])) for end in ("low", "high"))
+        return replace(found[0], low=low, high=high)
+
     def digest(self, row: str) -> str | None:
         """The digest of the histogram that ranges come from; None for what was not measured."""
         if row not in self.record:
@@ -110,7 +158,11 @@ class ActivationRanges:
         if self.blocks:
             histograms = [block.histogram(row) for block in self.blocks]
             return mean_threshold(histograms, levels, rule.method, parameters).threshold
-        if resolve(rule.method)[0] != "auto" or "threshold" in parameters:
+        name, _ = resolve(rule.method)
+        pinned = pinning(body, levels, rule.method, parameters)
+        if pinned is not None:
+            self._pinnings[row, name] = pinned
+        if name != "auto" or "threshold" in parameters:
             return find_threshold(body, levels, rule.method, parameters)
         return self._for_readers(row, body, levels, parameters)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from qdist.errors import PlanError
 from qdist.numbers.dtype import IntegerType
+from qdist.numbers.table import TABLE_BITS
 from qdist.plan.granularity import (
     ACTIVATION_FORMS,
     ACTIVATION_KINDS,
@@ -36,7 +37,9 @@ class LayerChoice:
     ``max``). ``weight_range_bits`` and ``activation_range_bits``: how many of an integer's bits are
     used (Icraft's ``value_range``); None: all. ``th_scale``: factor on the ranges of its
     activations, once found. ``threshold``: their largest magnitude, in place of what would be
-    found. What rules say about a tensor goes before either.
+    found. What rules say about a tensor goes before either. ``table_bits``: length of the layer's
+    table, ``2**table_bits`` intervals, where it has one and 16-bit activations (Knight's
+    ``lut-len``); None: the target's.
     """
 
     precision: str = "int8"
@@ -48,6 +51,7 @@ class LayerChoice:
     activation_range_bits: int | None = None
     th_scale: float = 1.0
     threshold: float | None = None
+    table_bits: int | None = None
 
     def __post_init__(self) -> None:
         bits = precision(self.precision)
@@ -74,6 +78,9 @@ class LayerChoice:
             most = kind.bits if isinstance(kind, IntegerType) else 16
             if value is not None and not 2 <= value <= most:
                 raise _refused(key, repr(value), f"2 to {most} bits with {self.precision}")
+        if self.table_bits is not None and self.table_bits not in TABLE_BITS:
+            known = ", ".join(map(str, TABLE_BITS))
+            raise _refused("table_bits", repr(self.table_bits), f"one of {known}")
         for key, number in (("th_scale", self.th_scale), ("threshold", self.threshold)):
             if number is not None and not (0 < number < math.inf):
                 raise PlanError(
@@ -107,6 +114,13 @@ class LayerChoice:
         if self.weight_saturation != WEIGHT_AUTO:
             return resolve(self.weight_saturation)[0]
         return "mse" if self.bits.weight_bits == 4 else "max"
+
+    @property
+    def weight_parameters(self) -> dict[str, Any]:
+        """The parameters of `weight_method`, where any are said."""
+        if self.weight_saturation == WEIGHT_AUTO:
+            return {}
+        return resolve(self.weight_saturation)[1]
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""

@@ -13,6 +13,7 @@ class DtypeName(StrEnum):
     """A number format. The value is the name that configuration and plans use."""
 
     INT4 = "int4"
+    UINT4 = "uint4"
     INT8 = "int8"
     UINT8 = "uint8"
     INT16 = "int16"
@@ -31,7 +32,7 @@ class DtypeName(StrEnum):
     @property
     def is_integer(self) -> bool:
         """Whether values lie on a uniform grid with a scale."""
-        return self in (self.INT4, self.INT8, self.UINT8, self.INT16)
+        return self in (self.INT4, self.UINT4, self.INT8, self.UINT8, self.INT16)
 
     @property
     def precision(self) -> str:
@@ -41,6 +42,7 @@ class DtypeName(StrEnum):
 
 _BITS = {
     DtypeName.INT4: 4,
+    DtypeName.UINT4: 4,
     DtypeName.INT8: 8,
     DtypeName.UINT8: 8,
     DtypeName.INT16: 16,

@@ -9,6 +9,7 @@ from qdist.model.taps import TapTable
 from qdist.plan.plan import LayerPlan
 from qdist.plan.range_rule import FIXED
 from qdist.threshold.consumer import Consumer
+from qdist.threshold.pinning import Pinning
 from qdist.threshold.registry import resolve
 
 
@@ -18,6 +19,37 @@ def plan_notes(
     """The notes of the layers of one plan. ``consumers``: measured tensor -> the layers that the
     method ``auto`` judged its range by."""
     return (*_method_notes(layers), *_auto_notes(layers, taps, consumers), *_fusion_notes(layers))
+
+
+def pinning_notes(
+    layers: Sequence[LayerPlan], taps: TapTable, pinnings: Mapping[tuple[str, str], Pinning]
+) -> tuple[str, ...]:
+    """Which ranges of divergences depend on how values lie within the stored bins."""
+    found = {
+        (entry.quantizer.method, taps.row_of(entry.tensor))
+        for layer in layers
+        for entry in layer.activations
+    }
+    notes = []
+    for method in sorted({name for name, _ in found}):
+        known = {
+            row: pinnings[row, method]
+            for name, row in sorted(found)
+            if name == method and (row, method) in pinnings
+        }
+        loose = {row: pinned for row, pinned in known.items() if not pinned.is_pinned}
+        if not loose:
+            continue
+        shown = ", ".join(
+            f"{row} {pinned.bound:.4g} ({pinned.least:.4g}..{pinned.most:.4g})"
+            for row, pinned in list(loose.items())[:3]
+        )
+        more = ", ..." if len(loose) > 3 else ""
+        notes.append(
+            f"{method}: its divergence is so flat for {len(loose)} of {len(known)} tensors that "
+            f"a linear histogram may have another bound by more than 1 %: {shown}{more}"
+        )
+    return tuple(notes)
 
 
 def _method_notes(layers: Sequence[LayerPlan]) -> list[str]:
@@ -32,6 +64,12 @@ def _method_notes(layers: Sequence[LayerPlan]) -> list[str]:
         (resolve(layer.choice.saturation)[0], entry.quantizer.method, layer.choice.precision)
         for layer in layers
         for entry in layer.activations
+        if entry.quantizer.is_float and layer.choice.bits.rounds is None
+    } | {
+        (layer.choice.weight_method, entry.quantizer.method, f"the weights of {precision}")
+        for layer in layers
+        for entry in layer.weights
+        for precision in (layer.choice.precision,)
         if entry.quantizer.is_float and layer.choice.bits.rounds is None
     }
     single = [
@@ -51,7 +89,7 @@ def _method_notes(layers: Sequence[LayerPlan]) -> list[str]:
         *(
             f"{asked} is for evenly spaced levels: {used} is used for {name} layers"
             for asked, used, name in sorted(floats)
-            if asked != used and used != FIXED
+            if asked not in (used, "auto") and used != FIXED
         ),
     ]
 

@@ -13,6 +13,7 @@ from qdist.errors import PlanError
 from qdist.files import write_json
 from qdist.model.layers import COMPUTE
 from qdist.plan.choice import LayerChoice
+from qdist.plan.passing import Passing
 from qdist.plan.quantizer import Quantizer
 
 SCHEMA = 2
@@ -74,7 +75,9 @@ class LayerPlan:
     the layer that it is computed together with, whose choice holds for both. ``outputs``: how the
     results are stored, where statistics tell: those of the last layer that is computed together
     with this one. Floating-point types round there; integer targets requantize there.
-    ``is_depthwise``: a convolution of every channel by itself.
+    ``is_depthwise``: a convolution of every channel by itself. ``bias_bounds``: the largest
+    magnitude that is added to each output channel (or one for all), biases of layers that are
+    computed together with this one included; empty for none that is constant.
     """
 
     name: str
@@ -87,6 +90,7 @@ class LayerPlan:
     fused_with: str | None = None
     outputs: tuple[QuantizedInput, ...] = ()
     is_depthwise: bool = False
+    bias_bounds: tuple[float, ...] = ()
 
     @property
     def is_quantized(self) -> bool:
@@ -106,6 +110,7 @@ class LayerPlan:
             "fused_with": self.fused_with,
             "outputs": [entry.to_json() for entry in self.outputs],
             "is_depthwise": self.is_depthwise,
+            "bias_bounds": list(self.bias_bounds),
         }
 
     @classmethod
@@ -122,6 +127,7 @@ class LayerPlan:
             fused_with=value["fused_with"],
             outputs=tuple(QuantizedInput.from_json(v) for v in value.get("outputs", ())),
             is_depthwise=bool(value.get("is_depthwise", False)),
+            bias_bounds=tuple(value.get("bias_bounds", ())),
         )
 
 
@@ -130,13 +136,15 @@ class QuantizationPlan:
     """How every layer of one model is quantized.
 
     ``model_digest``: of the frozen model it fits. ``statistics_digest``: of the record that the
-    ranges come from. ``notes``: what the user should know.
+    ranges come from. ``notes``: what the user should know. ``passing``: which tensors have their
+    numbers from others, on targets that pass ratios on.
     """
 
     model_digest: str
     statistics_digest: str
     layers: tuple[LayerPlan, ...]
     notes: tuple[str, ...] = ()
+    passing: tuple[Passing, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -177,6 +185,7 @@ class QuantizationPlan:
             "statistics_digest": self.statistics_digest,
             "notes": list(self.notes),
             "layers": [layer.to_json() for layer in self.layers],
+            "passing": [entry.to_json() for entry in self.passing],
         }
 
     @classmethod
@@ -190,6 +199,7 @@ class QuantizationPlan:
             statistics_digest=str(value["statistics_digest"]),
             layers=tuple(LayerPlan.from_json(v) for v in value["layers"]),
             notes=tuple(value["notes"]),
+            passing=tuple(Passing.from_json(v) for v in value.get("passing", ())),
         )
 
     def save(self, path: Path) -> Path:

@@ -18,11 +18,13 @@ from qdist.model.layers import VIEWS, Layer, LayerInput
 from qdist.model.taps import TapTable
 from qdist.plan.activation_quantizers import ActivationQuantizers
 from qdist.plan.activation_range import ActivationRanges
+from qdist.plan.biases import find_bias_bounds
 from qdist.plan.choice import LayerChoice
 from qdist.plan.granularity import MATRIX_PRODUCTS
 from qdist.plan.idle_rules import check_rules
 from qdist.plan.layer_index import find_index
-from qdist.plan.notes import plan_notes
+from qdist.plan.notes import pinning_notes, plan_notes
+from qdist.plan.passing import find_passing
 from qdist.plan.plan import LayerPlan, Provenance, QuantizationPlan, QuantizedInput
 from qdist.plan.plan_settings import PlanSettings
 from qdist.plan.quantizer import Quantizer
@@ -64,6 +66,8 @@ class Planner:
         self._ranges = ActivationRanges(
             graph, record, taps, self.layers, self.settings, self._blocks
         )
+        self._passing = find_passing(graph)
+        self._bias_bounds = find_bias_bounds(graph, self.layers, self.fused)
         self._activations = ActivationQuantizers(graph, taps, self._ranges, self._rules)
         self._weights = WeightQuantizers(graph, self._rules)
 
@@ -111,7 +115,12 @@ class Planner:
             model_digest=self.graph.model.digest,
             statistics_digest=self._record.digest,
             layers=layers,
-            notes=(*notes, *plan_notes(layers, self.taps, self._ranges.asked)),
+            passing=self._passing,
+            notes=(
+                *notes,
+                *plan_notes(layers, self.taps, self._ranges.asked),
+                *pinning_notes(layers, self.taps, self._ranges.pinnings),
+            ),
         )
 
     def check_rules(self, rules: Iterable[Rule]) -> None:
@@ -167,6 +176,7 @@ class Planner:
             fused_with=self.fused.get(layer.name),
             outputs=self._outputs(layer, choice) if activations or weights else (),
             is_depthwise=self._is_depthwise(layer),
+            bias_bounds=self._bias_bounds.get(layer.name, ()),
         )
 
     def _quantizer(

@@ -13,8 +13,8 @@ from qdist.threshold.clip import Levels
 class Precision:
     """The number types of a layer's activations and weights; None means float32.
 
-    ``activation`` and ``weight`` are names of `qdist.numbers.dtype.DTYPES`. Weights are signed
-    where they are integers.
+    ``activation`` and ``weight`` are names of `qdist.numbers.dtype.DTYPES`. Weights that are
+    integers are symmetric; unsigned ones have their zero in the middle.
     """
 
     name: str
@@ -77,6 +77,10 @@ PRECISIONS: dict[str, Precision] = {
     for p in (
         _precision("w4", None, "int4"),
         _precision("w4a8", "int8", "int4"),
+        _precision("u4", None, "uint4"),
+        _precision("u4a8", "int8", "uint4"),
+        _precision("int4", "int4", "int4"),
+        _precision("uint4", "uint4", "int4"),
         _precision("w8", None, "int8"),
         _precision("int8", "int8", "int8"),
         _precision("uint8", "uint8", "int8"),
@@ -93,7 +97,8 @@ PRECISIONS: dict[str, Precision] = {
     )
 }
 """By name. ``w4a8`` is 4-bit weights with 8-bit activations, ``w4`` and ``w8`` are weights alone;
-``uint8`` and ``uint16`` have unsigned activations and signed weights; any other name is both."""
+``u4`` and ``u4a8`` have unsigned weights; ``uint4``, ``uint8`` and ``uint16`` have unsigned
+activations and signed weights; any other name is both."""
 
 
 def precision(name: str) -> Precision:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -25,6 +26,7 @@ def rounded(kind: FloatType, values: Density | None) -> Quantizer:
 def scaled_float(kind: FloatType, threshold: Threshold) -> Quantizer:
     """The quantizer into a narrow floating-point type whose largest value is the threshold."""
     bound = max(-threshold.low, threshold.high)
+    is_known = not math.isnan(threshold.expected_mse)
     return Quantizer(
         bits=kind.bits,
         low=0,
@@ -34,7 +36,8 @@ def scaled_float(kind: FloatType, threshold: Threshold) -> Quantizer:
         axis=None,
         method=threshold.method,
         bounds=(-bound, bound),
-        clipped_share=threshold.clipped_share,
+        clipped_share=threshold.clipped_share if is_known else None,
+        expected_mse=threshold.expected_mse if is_known else None,
         storage=kind.name,
         saturates=True,
     )

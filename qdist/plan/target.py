@@ -10,13 +10,17 @@ from dataclasses import dataclass, replace
 
 from qdist.errors import PlanError
 from qdist.numbers.cuts import Cuts, matrix_cuts, vector_cuts
+from qdist.numbers.dtype import INTEGERS
 from qdist.numbers.grid import LEAST_SCALE, FloatGrid, PowerOfTwoGrid, ScaleGrid
 from qdist.numbers.rounding import ROUNDINGS
+from qdist.numbers.table import TABLE_OPERATORS
+from qdist.plan.passing_on import passed_on
 from qdist.plan.plan import LayerPlan, QuantizationPlan, QuantizedInput
 from qdist.plan.quantizer import BlockScales, Quantizer
 
 CUT_GRID = "m*2^-n"
 SCALE_GRIDS = ("float", "power_of_two", CUT_GRID)
+_TABLE_TYPES = (INTEGERS["int16"], INTEGERS["uint16"])
 _GRIDS: dict[str, ScaleGrid] = {
     "float": FloatGrid(),
     "power_of_two": PowerOfTwoGrid(),
@@ -39,7 +43,8 @@ class Target:
     clipped) or ``m*2^-n``: Icraft's, where the weight's scale over those of input and output is
     split into the cuts of `qdist.numbers.cuts`. ``rounding``: of weights, ``half_even`` or
     ``half_away``. ``table_bits``: functions of 16-bit tensors are tables of ``2**table_bits``
-    intervals (target-exact mode alone); None: no tables.
+    intervals (target-exact mode alone) unless a layer's choice says another length; None: no
+    tables.
     """
 
     name: str
@@ -70,6 +75,16 @@ class Target:
         """
         notes: list[str] = []
         layers = tuple(self._layer(layer, notes) for layer in plan.layers)
+        if self.scale_grid == CUT_GRID:
+            several = self.activation_channels
+            layers = passed_on(layers, plan.passing, notes, several=several)
+            layers = tuple(_cut(layer, notes) for layer in layers)
+        idle = [layer.name for layer in layers if _has_idle_table(layer)]
+        if idle:
+            notes.append(
+                f"table_bits means nothing to {len(idle)} layers, such as {idle[0]}: tables are "
+                "for functions of 16-bit activations"
+            )
         kept = tuple(dict.fromkeys((*plan.notes, *notes)))
         return ProjectedPlan(plan=replace(plan, layers=layers, notes=kept), target=self)
 
@@ -78,19 +93,24 @@ class Target:
             return layer
         if layer.choice.precision not in self.precisions:
             raise self._refusal(layer, layer.choice.precision, ", ".join(self.precisions))
+        if layer.choice.table_bits is not None and self.table_bits is None:
+            got = f"table_bits {layer.choice.table_bits}"
+            raise self._refusal(layer, got, "no table_bits: the target has no tables")
         for entry in layer.weights:
             self._check_weight(layer, entry.quantizer)
         for entry in (*layer.activations, *layer.outputs):
             self._check_activation(layer, entry)
-        found = replace(
+        return replace(
             layer,
             activations=tuple(self._input(layer, entry, notes) for entry in layer.activations),
             weights=tuple(self._rounded(self._input(layer, e, notes)) for e in layer.weights),
             outputs=tuple(self._input(layer, entry, []) for entry in layer.outputs),
         )
-        return _cut(found, notes) if self.scale_grid == CUT_GRID else found
 
     def _check_weight(self, layer: LayerPlan, quantizer: Quantizer) -> None:
+        if self.symmetric_only and any(quantizer.zero_points):
+            got = f"weights of {quantizer.dtype}, with a zero point"
+            raise self._refusal(layer, got, "a precision with signed weights, such as w4 or w4a8")
         several = quantizer.axis is not None or quantizer.blocks is not None
         if not self.per_channel and several:
             raise self._refusal(layer, "scales per channel", "quantization.granularity=tensor")
@@ -163,6 +183,14 @@ class Target:
         )
 
 
+def _has_idle_table(layer: LayerPlan) -> bool:
+    """Whether the layer has a length of table, and no table."""
+    if layer.choice.table_bits is None:
+        return False
+    is_16_bit = layer.choice.bits.activation_type in _TABLE_TYPES
+    return layer.op_type not in TABLE_OPERATORS or not (is_16_bit and layer.is_quantized)
+
+
 def _snapped_blocks(blocks: BlockScales, grid: ScaleGrid) -> BlockScales:
     values = blocks.values.copy()
     values.ravel()[:] = [grid.snap(float(scale)).value for scale in values.ravel()]
@@ -180,9 +208,12 @@ def _cut(layer: LayerPlan, notes: list[str]) -> LayerPlan:
     if not is_one or layer.weights[0].quantizer.is_float or layer.op_type not in _CUT_OPERATORS:
         return layer
     (entry,), (source,), (result,) = layer.weights, layer.activations, layer.outputs
+    if source.quantizer.axis is not None or result.quantizer.axis is not None:
+        return layer
     ratio = source.quantizer.scales[0] / result.quantizer.scales[0]
     normalized = [scale * ratio for scale in entry.quantizer.scales]
-    cuts = cuts_of(layer, normalized)
+    biases = [bound / result.quantizer.scales[0] for bound in layer.bias_bounds]
+    cuts = cuts_of(layer, normalized, biases)
     found = [scale.value / ratio for scale in cuts.scales]
     # What was clamped once lies on the grid's end, but for the last bit of a float32.
     n_clamped = sum(
@@ -204,13 +235,19 @@ def _cut(layer: LayerPlan, notes: list[str]) -> LayerPlan:
 _CUT_OPERATORS = ("Conv", "ConvTranspose", "MatMul", "Gemm", "Mul")
 
 
-def cuts_of(layer: LayerPlan, scales: list[float]) -> Cuts:
+def cuts_of(layer: LayerPlan, scales: list[float], biases: list[float]) -> Cuts:
     """The cuts for these normalized scales: on the vector unit alone for depthwise convolutions and
-    products, else on both."""
+    products, else on both. ``biases``: normalized, one for each scale, one in all or none; or more,
+    under one scale."""
     bits = layer.activations[0].quantizer.bits
+    if len(scales) == 1 and biases:
+        biases = [max(biases)]
+    elif len(biases) == 1:
+        biases = biases * len(scales)
+    known = biases if len(biases) == len(scales) else None
     if layer.op_type == "Mul" or layer.is_depthwise:
-        return vector_cuts(scales, bits)
-    return matrix_cuts(scales, bits)
+        return vector_cuts(scales, bits, known)
+    return matrix_cuts(scales, bits, known)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

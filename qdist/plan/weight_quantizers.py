@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from qdist.model.graph import FLOAT_TYPES, Graph
 from qdist.model.layers import Layer, LayerInput
 from qdist.model.precision import HALF
-from qdist.numbers.dtype import DTYPES, DType, FloatType
+from qdist.numbers.dtype import DTYPES, DType, FloatType, IntegerType
 from qdist.plan.choice import LayerChoice
 from qdist.plan.element import ELEMENTS, element_of
 from qdist.plan.granularity import Granularity, summed_axis
@@ -22,11 +22,12 @@ from qdist.plan.weight_range import (
     block_quantizer,
     float_quantizer,
     group_quantizer,
+    unsigned,
     weight_quantizer,
 )
 from qdist.threshold.sentinel import LEAST_GAP, LEAST_MAGNITUDE
 
-_Key = tuple[str, str, int | None, int | None, Granularity, int | None, str]
+_Key = tuple[str, str, int | None, int | None, Granularity, int | None, str, str]
 
 
 class WeightQuantizers:
@@ -57,14 +58,18 @@ class WeightQuantizers:
         if grain.kind == "block":
             along = summed_axis(layer.op_type, axis, len(self._graph.weights.shape(entry.tensor)))
         method = choice.weight_method
-        key = (entry.tensor, kind.name, axis, along, grain, choice.weight_range_bits, method)
+        parameters = repr(sorted(choice.weight_parameters.items()))
+        how = (choice.weight_range_bits, method, parameters)
+        key = (entry.tensor, kind.name, axis, along, grain, *how)
         if key not in self._known:
             self._known[key] = self._found(entry.tensor, kind, axis, along, choice)
         found = self._known[key]
         settings = self._rules.of(entry.tensor)
-        if settings is None or isinstance(found, str) or found.is_float or found.blocks is not None:
+        if isinstance(found, str) or found.is_float:
             return found
-        return fixed_weight(found, settings, where=f"weight {entry.tensor}")
+        if settings is not None and found.blocks is None:
+            found = fixed_weight(found, settings, where=f"weight {entry.tensor}")
+        return unsigned(found, kind) if isinstance(kind, IntegerType) else found
 
     def _found(
         self, tensor: str, kind: DType, axis: int | None, along: int | None, choice: LayerChoice
@@ -87,15 +92,18 @@ class WeightQuantizers:
         if not np.isfinite(values).all() or _holds_sentinels(values):
             return "holds values that mean masked, not magnitudes"
         if isinstance(kind, FloatType):
-            return float_quantizer(values, kind, axis)
+            return float_quantizer(
+                values, kind, axis, choice.weight_method, choice.weight_parameters
+            )
         bits, method, grain = kind.bits, choice.weight_method, choice.weight_grain
+        parameters = choice.weight_parameters
         # Constants of pointwise layers may be wider than the layer's weights.
         levels = weight_levels(bits, choice.weight_range_bits)
         if along is not None:
-            return block_quantizer(values, levels, bits, along, grain.size, method)
+            return block_quantizer(values, levels, bits, along, grain.size, method, parameters)
         if grain.kind == "group" and axis is not None:
-            return group_quantizer(values, levels, bits, axis, grain.size, method)
-        return weight_quantizer(values, levels, bits, axis, method)
+            return group_quantizer(values, levels, bits, axis, grain.size, method, parameters)
+        return weight_quantizer(values, levels, bits, axis, method, parameters)
 
 
 def _holds_sentinels(values: NDArray[Any]) -> bool:

@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qdist.numbers.dtype import FloatType
+from qdist.numbers.dtype import FloatType, IntegerType
 from qdist.numbers.grid import LEAST_SCALE
 from qdist.plan.quantizer import BlockScales, Quantizer
 from qdist.threshold.clip import Levels
+from qdist.threshold.float_error import FLOAT_METHODS, float_threshold
 from qdist.threshold.registry import find_thresholds
 from qdist.threshold.sources import array_densities
 
+Parameters = Mapping[str, Any]
+"""Of a threshold method."""
 _FRACTIONS = np.linspace(0.4, 1.0, 25)[::-1]
 _BLOCK_ELEMENTS = 1 << 22
 
 
 def weight_quantizer(
-    weight: NDArray[Any], levels: Levels, bits: int, axis: int | None, method: str
+    weight: NDArray[Any],
+    levels: Levels,
+    bits: int,
+    axis: int | None,
+    method: str,
+    parameters: Parameters | None = None,
 ) -> Quantizer:
     """The quantizer of a float weight of any shape, per index of ``axis`` (None: one range).
 
     ``method``: ``max`` takes the largest |w|; ``mse`` the fraction of it (0.4 .. 1 in 25 steps)
     with the least squared error, a channel at a time; any other finds its range on the histogram of
-    each channel (`qdist.threshold.sources`).
+    each channel (`qdist.threshold.sources`), and so do these two with ``parameters``.
     """
     n_channels = 1 if axis is None else weight.shape[axis]
     bounds = np.empty(n_channels, np.float64)
@@ -35,7 +43,7 @@ def weight_quantizer(
     error = 0.0
     for start, block in _blocks(weight, axis):
         top = _largest(block)
-        best = _bounds(block, top, levels, method)
+        best = _bounds(block, top, levels, method, parameters or {})
         bounds[start : start + best.size] = best
         for values in _pieces(block):
             clipped += int((np.abs(values) > best[:, None].astype(np.float32)).sum())
@@ -57,19 +65,29 @@ def weight_quantizer(
 
 
 def _bounds(
-    block: NDArray[Any], top: NDArray[np.float64], levels: Levels, method: str
+    block: NDArray[Any],
+    top: NDArray[np.float64],
+    levels: Levels,
+    method: str,
+    parameters: Parameters,
 ) -> NDArray[np.float64]:
     """The bound of each row, whose largest magnitude is ``top``."""
-    if method == "max":
+    if method == "max" and not parameters:
         return top
-    if method == "mse":
+    if method == "mse" and not parameters:
         return _least_error(block, top, levels)
-    found = find_thresholds(array_densities(block, 0), levels, method)
+    found = find_thresholds(array_densities(block, 0), levels, method, parameters)
     return np.array([max(-each.low, each.high) for each in found])
 
 
 def group_quantizer(
-    weight: NDArray[Any], levels: Levels, bits: int, axis: int, n_groups: int, method: str
+    weight: NDArray[Any],
+    levels: Levels,
+    bits: int,
+    axis: int,
+    n_groups: int,
+    method: str,
+    parameters: Parameters | None = None,
 ) -> Quantizer:
     """As `weight_quantizer`, with one range for each of ``n_groups`` groups of neighbouring
     channels (Icraft's ``group=n``), which differ by one channel where they do not come out even.
@@ -78,7 +96,10 @@ def group_quantizer(
     n_channels = weight.shape[axis]
     moved = np.moveaxis(weight, axis, 0)
     parts = np.array_split(np.arange(n_channels), min(n_groups, n_channels))
-    found = [weight_quantizer(moved[p[0] : p[-1] + 1], levels, bits, None, method) for p in parts]
+    found = [
+        weight_quantizer(moved[p[0] : p[-1] + 1], levels, bits, None, method, parameters)
+        for p in parts
+    ]
     sizes = [part.size * weight.size // n_channels for part in parts]
     scales = [q.scales[0] for q, part in zip(found, parts, strict=True) for _ in part]
     widest = max(q.bounds[1] for q in found)
@@ -94,7 +115,13 @@ def group_quantizer(
 
 
 def block_quantizer(
-    weight: NDArray[Any], levels: Levels, bits: int, axis: int, size: int, method: str
+    weight: NDArray[Any],
+    levels: Levels,
+    bits: int,
+    axis: int,
+    size: int,
+    method: str,
+    parameters: Parameters | None = None,
 ) -> Quantizer:
     """As `weight_quantizer`, with one range for every ``size`` values along ``axis``, at each index
     of the other axes. The last block may be shorter."""
@@ -106,7 +133,7 @@ def block_quantizer(
     padded = np.zeros((*rest, n_blocks * size), np.float32)
     padded[..., :length] = moved
     rows = padded.reshape(-1, size)
-    whole = weight_quantizer(rows, levels, bits, 0, method)
+    whole = weight_quantizer(rows, levels, bits, 0, method, parameters)
     scales = np.maximum(np.asarray(whole.scales, np.float32), np.float32(LEAST_SCALE))
     shaped = np.moveaxis(scales.reshape(*rest, n_blocks), -1, axis)
     more = rows.size / max(1, weight.size)
@@ -121,16 +148,44 @@ def block_quantizer(
     )
 
 
-def float_quantizer(weight: NDArray[Any], kind: FloatType, axis: int | None) -> Quantizer:
-    """The quantizer of a weight into a narrow floating-point type: the largest magnitude becomes
-    the type's largest value."""
+def unsigned(found: Quantizer, kind: IntegerType) -> Quantizer:
+    """A weight's quantizer in the integers of ``kind``: in unsigned ones all levels are moved by
+    half of them, so that the values stay what they are."""
+    if kind.signed:
+        return found
+    shift = 1 << (kind.bits - 1)
+    return replace(
+        found,
+        low=found.low + shift,
+        high=found.high + shift,
+        zero_points=(shift,) * len(found.zero_points),
+        storage=kind.name,
+    )
+
+
+def float_quantizer(
+    weight: NDArray[Any],
+    kind: FloatType,
+    axis: int | None,
+    method: str = "max",
+    parameters: Parameters | None = None,
+) -> Quantizer:
+    """The quantizer of a weight into a narrow floating-point type, whose largest value the bound
+    becomes. ``method``: of `FLOAT_METHODS`; any other is ``max``, which needs no search."""
     n_channels = 1 if axis is None else weight.shape[axis]
-    top = np.empty(n_channels, np.float64)
+    method = method if method in FLOAT_METHODS else "max"
+    bounds = np.empty(n_channels, np.float64)
+    clipped = error = 0.0
     for start, block in _blocks(weight, axis):
-        found = _largest(block)
-        top[start : start + found.size] = found
-    scales = np.where(top > 0, top / kind.largest, 1.0)
-    widest = float(top.max(initial=0.0))
+        found = [
+            float_threshold(density, kind, method, parameters)
+            for density in array_densities(block, 0)
+        ]
+        bounds[start : start + len(found)] = [max(-each.low, each.high) for each in found]
+        clipped += sum(each.clipped_share for each in found) * block.shape[1]
+        error += sum(each.expected_mse for each in found) * block.shape[1]
+    scales = np.where(bounds > 0, bounds / kind.largest, 1.0)
+    widest = float(bounds.max(initial=0.0))
     return Quantizer(
         bits=kind.bits,
         low=0,
@@ -138,8 +193,10 @@ def float_quantizer(weight: NDArray[Any], kind: FloatType, axis: int | None) -> 
         scales=tuple(float(s) for s in scales),
         zero_points=(0,) * n_channels,
         axis=axis,
-        method="max",
+        method=method,
         bounds=(-widest, widest),
+        clipped_share=clipped / max(1, weight.size),
+        expected_mse=error / max(1, weight.size),
         storage=kind.name,
         saturates=True,
     )

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qdist.plan.choice import LayerChoice
+from qdist.search.ahead import if_rest_fails
+from qdist.search.problem import SearchProblem
 from qdist.search.trial import Candidate, Choices, Trial, best_of, choices_key
 
 
@@ -101,6 +103,10 @@ class Greedy:
             if kind is not None and before is not None and trial.rank <= before.rank:
                 self._groups[kind] //= 2
 
+    def speculate(self, finished: Sequence[Trial], running: Sequence[Candidate]) -> list[Candidate]:
+        """The next round, if what still runs brings nothing."""
+        return if_rest_fails(self, finished, running)
+
     def _first_round(self) -> list[Candidate]:
         proposals = [self._candidate("plain", self._plain)]
         default = {choice.saturation for choice in self._plain.values()}
@@ -168,3 +174,13 @@ def _ordered(
     """By sensitivity; layers without one count as insensitive; graph order on ties."""
     sign = -1.0 if descending else 1.0
     return sorted(layers, key=lambda name: sign * sensitivity.get(name, 0.0))
+
+
+def greedy_for(problem: SearchProblem, settings: GreedySettings) -> Greedy:
+    """The strategy for a problem: its low precision is left out where no layer may have it."""
+    sensitivity: dict[str, dict[str, float]] = {}
+    for name, known in problem.sensitivity.items():
+        for choice, error in known.items():
+            sensitivity.setdefault(choice.precision, {}).setdefault(name, error)
+    n_weights = {layer.name: layer.n_weights for layer in problem.layers}
+    return Greedy(problem.plain, sensitivity, settings, n_weights)

@@ -14,13 +14,25 @@ from qdist.plan.choice import LayerChoice
 Choices = Mapping[str, LayerChoice]
 """Layer name -> its choice."""
 
+Settings = Mapping[str, int | float | str]
+"""Name of `SETTINGS` -> value."""
+
+SETTINGS: dict[str, str] = {
+    "n_samples": "ranges come from the first so many calibration samples, in whole micro-batches",
+    "percent": "parameter of the threshold method, where it takes it",
+    "bins": "parameter of the threshold method, where it takes it",
+    "smoothing": "SmoothQuant's strength, 0..1",
+}
+"""What a candidate may change for the whole plan."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """A plan to try. ``number`` counts from 0, the plain plan; ``label`` says in a few words what
     is different; ``changed`` names the layers that differ from the plain plan. ``round``: the
     numbered round that proposed it. ``predicted``: what the strategy expects of it, in its own
-    measure. ``wants_layers``: whether the trial is to compare every layer in place."""
+    measure. ``wants_layers``: whether the trial is to compare every layer in place. ``settings``:
+    what is different for the whole plan, by the names of `SETTINGS`; empty for the run's own."""
 
     number: int
     label: str
@@ -29,11 +41,12 @@ class Candidate:
     round: int = 0
     predicted: float | None = None
     wants_layers: bool = False
+    settings: Settings = field(default_factory=dict)
 
     @property
     def key(self) -> str:
         """Equal keys mean equal plans."""
-        return choices_key(self.choices)
+        return plan_key(self.choices, self.settings)
 
     @property
     def why(self) -> dict[str, str]:
@@ -57,13 +70,14 @@ class Trial:
     layers: Mapping[str, Deviation] = field(default_factory=dict)
 
     @property
-    def rank(self) -> tuple[float, float, float]:
-        """Larger is better: the score, then the smaller artifact, then output SQNR."""
+    def rank(self) -> tuple[float, float, float, float]:
+        """Larger is better: scored to the end, the score, the smaller artifact, output SQNR."""
         if self.report is None:
-            return (float("-inf"), float("-inf"), float("-inf"))
+            return (float("-inf"),) * 4
         sign = 1.0 if self.report.higher_is_better else -1.0
         closeness = self.report.metrics.get("sqnr_db", 0.0)
-        return (sign * self.report.score, -float(self.n_bytes), closeness)
+        whole = 0.0 if self.report.stopped_early else 1.0
+        return (whole, sign * self.report.score, -float(self.n_bytes), closeness)
 
 
 class Strategy(Protocol):
@@ -91,3 +105,10 @@ def best_of(trials: Iterable[Trial]) -> Trial | None:
         if trial.report is not None and (best is None or trial.rank > best.rank):
             best = trial
     return best
+
+
+def plan_key(choices: Choices, settings: Settings) -> str:
+    """A digest of a whole assignment with what is different for the whole plan; without that it is
+    `choices_key`."""
+    key = choices_key(choices)
+    return digest_json([key, dict(settings)]) if settings else key

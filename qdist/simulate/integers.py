@@ -29,8 +29,15 @@ from onnx import NodeProto
 from qdist.model import rewrite
 from qdist.model.freeze import FrozenModel
 from qdist.model.graph import attribute
-from qdist.numbers.cuts import BIAS_FACTOR, matrix_cuts, vector_cuts, vector_grid
+from qdist.numbers.cuts import (
+    BIAS_FACTOR,
+    matrix_cuts,
+    shared_scale,
+    vector_cuts,
+    vector_grid,
+)
 from qdist.numbers.rounding import round_integer
+from qdist.numbers.table import FUNCTIONS, TABLE_OPERATORS
 from qdist.plan.plan import LayerPlan
 from qdist.plan.quantizer import Quantizer
 from qdist.plan.target import CUT_GRID, ProjectedPlan
@@ -43,7 +50,13 @@ from qdist.simulate.assemble import (
     round_results,
 )
 from qdist.simulate.pairs import Pairs
-from qdist.simulate.tables import FUNCTIONS, looked_up, table_of
+from qdist.simulate.rows import (
+    LONGEST_ROW,
+    gains_of,
+    normalized_wires,
+    softmax_wires,
+)
+from qdist.simulate.tables import looked_up, table_of
 from qdist.simulate.wires import FLOAT, Wires
 
 OUR_READING = "our reading: no document specifies this target's requantization"
@@ -89,7 +102,7 @@ class _Builder:
         }
         """Layers whose bias is added after a rounding of the model's own."""
         self._notes: list[str] = []
-        self._ranks: dict[str, int] | None = None
+        self._shapes: dict[str, tuple[int, ...]] | None = None
         self._schemes: dict[str, str] = {}
         self._in_float: dict[str, str] = {}
 
@@ -148,6 +161,10 @@ class _Builder:
         target = bias.output[0] if bias is not None else node.output[0]
         if node.op_type == _NORM:
             self._norm(node, layer, wires, target)
+        elif node.op_type == "Softmax":
+            self._softmax(node, layer, wires, target)
+        elif node.op_type == "LayerNormalization":
+            self._layer_norm(node, layer, wires, target)
         elif node.op_type in FUNCTIONS:
             self._function(node, layer, wires, target)
         elif node.op_type in _SUMS:
@@ -181,8 +198,8 @@ class _Builder:
 
     def _no_table(self, node: NodeProto, layer: LayerPlan) -> str | None:
         """Why the layer is not looked up in a table."""
-        known = node.op_type in FUNCTIONS and node.domain in ("", "ai.onnx")
-        if not known or self._target.table_bits is None:
+        known = node.op_type in TABLE_OPERATORS and node.domain in ("", "ai.onnx")
+        if not known or self._table_bits(layer) is None:
             return f"{node.op_type} is a function, or moves values"
         if not layer.activations or not layer.outputs:
             return "its input or output stays float"
@@ -192,7 +209,33 @@ class _Builder:
         if source.bits <= 8:
             # Its float result, stored, is what a table of all its levels holds.
             return "its table would hold every level"
+        return self._no_row(node) if node.op_type == "LayerNormalization" else None
+
+    def _table_bits(self, layer: LayerPlan) -> int | None:
+        """The length of the layer's tables: its own, or the target's."""
+        if self._target.table_bits is None:
+            return None
+        return layer.choice.table_bits or self._target.table_bits
+
+    def _no_row(self, node: NodeProto) -> str | None:
+        """Why a layer normalization is not computed from a table."""
+        if not all(name in self._pairs.weights for name in node.input[1:] if name):
+            return "its parameters are computed"
+        if any(node.output[1:]):
+            return "its statistics are read"
+        shape, gain = self._shape(node.input[0]), self._pairs.weights.shape(node.input[1])
+        n_axes = len(self._row_axes(node, len(shape)))
+        if not shape or tuple(gain) != shape[len(shape) - n_axes :]:
+            return "the length of its rows is not known"
+        if int(np.prod(gain)) > LONGEST_ROW:
+            return f"its rows are longer than {LONGEST_ROW} numbers"
         return None
+
+    @staticmethod
+    def _row_axes(node: NodeProto, rank: int) -> tuple[int, ...]:
+        """The axes that a layer normalization works along, counted from the end."""
+        axis = int(attribute(node, "axis", -1))
+        return tuple(range(axis if axis < 0 else axis - rank, 0))
 
     def _no_norm(self, node: NodeProto, layer: LayerPlan) -> str | None:
         """Why a batch normalization is not computed in whole numbers."""
@@ -209,13 +252,17 @@ class _Builder:
 
     def _rank(self, tensor: str) -> int:
         """How many axes a tensor has; 0 where nothing tells."""
-        if self._ranks is None:
+        return len(self._shape(tensor))
+
+    def _shape(self, tensor: str) -> tuple[int, ...]:
+        """The axes of a tensor, 0 for a length that is not fixed; none where nothing tells."""
+        if self._shapes is None:
             graph = onnx.shape_inference.infer_shapes(self._frozen.proto()).graph
-            self._ranks = {
-                value.name: len(value.type.tensor_type.shape.dim)
+            self._shapes = {
+                value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)
                 for value in (*graph.input, *graph.value_info)
             }
-        return self._ranks.get(tensor, 0)
+        return self._shapes.get(tensor, ())
 
     def _bias_names(self, node: NodeProto) -> list[str]:
         names = list(node.input[2:3])
@@ -370,11 +417,38 @@ class _Builder:
     def _function(self, node: NodeProto, layer: LayerPlan, wires: Wires, target: str) -> None:
         self._schemes[layer.name] = "table"
         (entry,), (result,) = layer.activations, layer.outputs
-        bits = self._target.table_bits or 0
+        bits = self._table_bits(layer) or 0
         source, numbers = entry.quantizer, result.quantizer
         table = table_of(node, source, numbers, bits, rewrite.opset_of(self._proto))
         whole = wires.integers(node.input[0], source, self._target.rounding)
         wires.stored(looked_up(wires, whole, table, source, bits), numbers, target)
+
+    def _softmax(self, node: NodeProto, layer: LayerPlan, wires: Wires, target: str) -> None:
+        self._schemes[layer.name] = "table"
+        (entry,), (result,) = layer.activations, layer.outputs
+        source, numbers, bits = entry.quantizer, result.quantizer, self._table_bits(layer) or 0
+        whole = wires.integers(node.input[0], source, self._target.rounding)
+        axis = int(attribute(node, "axis", -1))
+        stored = softmax_wires(wires, whole, axis, source, numbers, bits)
+        wires.stored(stored, numbers, target)
+
+    def _layer_norm(self, node: NodeProto, layer: LayerPlan, wires: Wires, target: str) -> None:
+        self._schemes[layer.name] = "table"
+        (entry,), (result,) = layer.activations, layer.outputs
+        source, numbers, bits = entry.quantizer, result.quantizer, self._table_bits(layer) or 0
+        gain, *bias = (self._pairs.weights.read(name) for name in node.input[1:] if name)
+        epsilon = attribute(node, "epsilon", 1e-5)
+        gains = gains_of(gain, bias[0] if bias else None, epsilon, source, numbers)
+        if gains.n_beyond:
+            self._notes.append(f"{layer.name}: {gains.n_beyond} biases saturate in 48 bits")
+        whole = wires.integers(node.input[0], source, self._target.rounding)
+        axes = self._row_axes(node, self._rank(node.input[0]))
+        centred = normalized_wires(wires, whole, axes, gain.size, gains.epsilon, bits)
+        product = wires.add("Mul", centred, wires.constant(gains.whole))
+        total = wires.add("Add", product, wires.constant(gains.bias))
+        multiplier = np.asarray(gains.multiplier)
+        stored = wires.requantized(total, multiplier, numbers, "half_even")
+        wires.stored(stored, numbers, target)
 
     # --- sums -----------------------------------------------------------------------------------
 
@@ -407,12 +481,12 @@ def norm_numbers(
     channel. ``weight`` and ``bias`` are normalized. The scale is the weight's, where that is not
     nearly zero, else the bias's, else 1. Biases may be beyond what their bits hold.
     """
-    high, wide = (1 << (bits - 1)) - 1, (1 << (BIAS_FACTOR * bits - 1)) - 1
-    grid = vector_grid(bits)
+    high, grid = (1 << (bits - 1)) - 1, vector_grid(bits)
     least = 2.0**-grid.n_high
-    # Snapping may take 1/256 off a scale, or half the least one.
-    by_weight, by_bias = np.abs(weight) / high, np.abs(bias) / wide * (1 + 2.0**-7) + least / 2
-    wanted = np.where(by_weight >= least / 2, by_weight, np.where(bias != 0, by_bias, 1.0))
+    wanted = [
+        shared_scale(w, b, bits) if w >= least / 2 or b else 1.0
+        for w, b in zip(np.abs(weight) / high, np.abs(bias), strict=True)
+    ]
     scales = np.array([grid.snap(float(scale)).value for scale in wanted])
     whole = np.clip(round_integer(weight / scales, "half_away"), -high, high)
     return whole, round_integer(bias / scales, "half_away"), scales

@@ -258,7 +258,7 @@ class Pairs:
         zeros = np.asarray(quantizer.zero_points, np.int32)
         if quantizer.blocks is not None:
             scales = quantizer.blocks.values
-            zeros = np.zeros(scales.shape, np.int32)
+            zeros = np.full(scales.shape, quantizer.zero_points[0], np.int32)
         elif quantizer.axis is None:
             scales, zeros = scales.reshape(()), zeros.reshape(())
         names = f"{stem}.scale", f"{stem}.zero_point"

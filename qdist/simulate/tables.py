@@ -20,25 +20,6 @@ from qdist.model.session import Execution, run, scoring_session
 from qdist.plan.quantizer import Quantizer
 from qdist.simulate.wires import Wires
 
-TABLE_BITS = (8, 9, 10, 11, 12)
-FUNCTIONS = frozenset(
-    {
-        "Elu",
-        "Erf",
-        "Exp",
-        "Gelu",
-        "HardSigmoid",
-        "HardSwish",
-        "Mish",
-        "Reciprocal",
-        "Sigmoid",
-        "Softplus",
-        "Sqrt",
-        "Tanh",
-    }
-)
-"""Operators whose result at each place depends on the input there alone, and on nothing else."""
-
 
 def table_of(
     node: NodeProto, source: Quantizer, result: Quantizer, bits: int, opset: int
@@ -57,8 +38,14 @@ def interpolated(
     integers: NDArray[np.int64], table: NDArray[np.int64], source: Quantizer, bits: int
 ) -> NDArray[np.int64]:
     """The definition: results for whole numbers of the input (less its zero point)."""
-    shift = max(0, source.bits - bits)
     place = integers - (source.low - source.zero_points[0])
+    return interpolated_at(place, table, max(0, source.bits - bits))
+
+
+def interpolated_at(
+    place: NDArray[np.int64], table: NDArray[np.int64], shift: int
+) -> NDArray[np.int64]:
+    """What lies at ``place`` when the entries of ``table`` are ``2**shift`` apart, from 0 on."""
     index, rest = place >> shift, place & ((1 << shift) - 1)
     rise = (table[index + 1] - table[index]) * rest
     return np.asarray(table[index] + ((rise + ((1 << shift) >> 1)) >> shift), np.int64)
@@ -68,9 +55,14 @@ def looked_up(
     wires: Wires, whole: str, table: NDArray[np.int64], source: Quantizer, bits: int
 ) -> str:
     """`interpolated` in a graph: float64 whole numbers in and out."""
-    step = float(1 << max(0, source.bits - bits))
     first = float(source.low - source.zero_points[0])
     place = wires.add("Sub", whole, wires.constant(first))
+    return at_levels(wires, place, table, max(0, source.bits - bits))
+
+
+def at_levels(wires: Wires, place: str, table: NDArray[np.int64], shift: int) -> str:
+    """`interpolated_at` in a graph: float64 whole numbers in and out."""
+    step = float(1 << shift)
     index = wires.add("Floor", wires.add("Mul", place, wires.constant(1.0 / step)))
     rest = wires.add("Sub", place, wires.add("Mul", index, wires.constant(step)))
     at = wires.add("Cast", index, to=TensorProto.INT64)

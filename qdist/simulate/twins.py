@@ -50,9 +50,9 @@ def twin_graph(frozen: FrozenModel, projected: ProjectedPlan) -> TwinGraph:
         layer = by_name.get(node.name)
         if layer is None:
             continue
-        twin = _twin(node)
+        twin = twin_of(node)
         nodes.extend(pair_nodes(twin, layer, pairs, placed))
-        after = round_results(twin, _own_results(node, layer), pairs)
+        after = round_results(twin, own_results(node, layer), pairs)
         nodes.extend((twin, *after))
         outputs[layer.name] = next(name for name in node.output if name)
     del proto.graph.output[:]
@@ -62,17 +62,18 @@ def twin_graph(frozen: FrozenModel, projected: ProjectedPlan) -> TwinGraph:
     return TwinGraph(graph=finished(frozen, proto, nodes, pairs), outputs=outputs)
 
 
-def _own_results(node: NodeProto, layer: LayerPlan) -> Results:
+def own_results(node: NodeProto, layer: LayerPlan) -> Results:
     """How the twin's results are rounded: as those of the last layer that is computed together with
     it, since rounding changes nothing about ReLU and Clip."""
     kinds = [entry.quantizer for entry in layer.outputs if layer.choice.bits.rounds is not None]
     return {i: kinds[0] for i, name in enumerate(node.output) if name and kinds}
 
 
-def _twin(node: NodeProto) -> NodeProto:
+def twin_of(node: NodeProto, suffix: str = SUFFIX) -> NodeProto:
+    """A copy of a node whose name and results end in ``suffix``."""
     twin = NodeProto.FromString(node.SerializeToString())
-    twin.name += SUFFIX
-    renamed = [name + SUFFIX if name else "" for name in twin.output]
+    twin.name += suffix
+    renamed = [name + suffix if name else "" for name in twin.output]
     del twin.output[:]
     twin.output.extend(renamed)
     return twin

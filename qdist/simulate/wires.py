@@ -65,10 +65,12 @@ class Wires:
         return self.clipped(whole, quantizer.low - zero, quantizer.high - zero)
 
     def weight(self, tensor: str, quantizer: Quantizer) -> str:
-        """The integers of a stored weight, float32."""
+        """The integers of a stored weight, less the zero point: float32."""
         name = self._pairs.stored(tensor, quantizer)
         one = self.constant(1.0, np.float32)
-        return self.add("DequantizeLinear", name, one)
+        whole = self.add("DequantizeLinear", name, one)
+        zero = quantizer.zero_points[0]
+        return self.add("Sub", whole, self.constant(zero, np.float32)) if zero else whole
 
     def stored(self, whole: str, quantizer: Quantizer, target: str) -> str:
         """The float32 values of integers (less the zero point) of a per-tensor quantizer."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qdist.stats import grid
+from qdist.stats.kernels import mass_below
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,20 +97,28 @@ class Histogram:
         if self.exact is not None:
             keep = (self.bins & np.uint16(0x7FFF)) < self.exact.first_bin
         bins, counts = self.bins[keep], self.counts[keep]
-        order = grid.ascending(bins)
-        edges = grid.edges_of(bins[order])
+        # Those of negative values come last, the one nearest to zero first.
+        n_positive = int(np.searchsorted(bins, np.uint16(0x8000)))
+        edges = grid.edges_of(_negative_first(bins, n_positive))
         # The exact extrema cut the outermost bins.
         lower = np.clip(edges.lower, self.minimum, self.maximum)
         upper = np.clip(edges.upper, self.minimum, self.maximum)
-        masses = counts[order].astype(np.float64)
+        masses = _negative_first(counts, n_positive).astype(np.float64)
         if self.exact is None or not self.exact.values.size:
             return Density(lower=lower, upper=upper, counts=masses)
-        points = self.exact.values
-        lower, upper = np.concatenate([lower, points]), np.concatenate([upper, points])
-        # A value at the edge of a bin comes before the interval that begins there.
-        order = np.lexsort((upper, lower))
-        masses = np.concatenate([masses, self.exact.counts])
-        return Density(lower=lower[order], upper=upper[order], counts=masses[order])
+        # Their magnitudes are beyond those of all other bins.
+        points, n = self.exact.values, self.exact.counts
+        zero = int(np.searchsorted(points, 0.0))
+        return Density(
+            lower=np.concatenate([points[:zero], lower, points[zero:]]),
+            upper=np.concatenate([points[:zero], upper, points[zero:]]),
+            counts=np.concatenate([n[:zero], masses, n[zero:]]),
+        )
+
+
+def _negative_first(values: NDArray[Any], n_positive: int) -> NDArray[Any]:
+    """From ascending bins to ascending values."""
+    return np.concatenate([values[n_positive:][::-1], values[:n_positive]])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,15 +185,7 @@ class Density:
         """Share of the values below ``low`` or above ``high``."""
         if self.is_empty:
             return 0.0
-        inside = np.clip(self._mass_below(high) - self._mass_below(low), 0.0, None)
+        below = (mass_below(self.lower, self.upper, self.counts, x) for x in (high, low))
+        inside = max(next(below) - next(below), 0.0)
         points = self.counts[(self.lower == self.upper) & (self.lower == low)].sum()
         return float(max(0.0, 1.0 - (inside + points) / self.total))
-
-    def _mass_below(self, x: float) -> float:
-        width = self.upper - self.lower
-        part = np.where(
-            width > 0,
-            np.clip((x - self.lower) / np.where(width > 0, width, 1.0), 0.0, 1.0),
-            (self.lower <= x).astype(np.float64),
-        )
-        return float(np.dot(self.counts, part))

@@ -146,3 +146,18 @@ def all_counted(counts: NDArray[np.uint64]) -> bool:
     for i in range(counts.size):
         n_wrong += int((counts[i] == np.uint64(0)) | (counts[i] == ~np.uint64(0)))
     return n_wrong == 0
+
+
+@compiled
+def mass_below(
+    lower: NDArray[np.float64], upper: NDArray[np.float64], counts: NDArray[np.float64], x: float
+) -> float:
+    """How many values of a density lie at or below ``x``; a part of the interval that holds it."""
+    total = 0.0
+    for i in range(lower.size):
+        a, b = lower[i], upper[i]
+        if b <= x:
+            total += counts[i]
+        elif a < x:
+            total += counts[i] * ((x - a) / (b - a))
+    return total

@@ -82,7 +82,7 @@ def pack(columns: Columns) -> dict[str, NDArray[Any]]:
         axis=1,
     )
     return {
-        "key": np.diff(keys, prepend=np.int64(0)),
+        "key": _steps(keys),
         "count": np.concatenate([table.counts for table in tables]),
         # Adding zero turns -0 into +0, so that bits agree whenever values do.
         "extrema": extrema + np.float32(0),
@@ -92,6 +92,13 @@ def pack(columns: Columns) -> dict[str, NDArray[Any]]:
             [_grouping_row(grouping) for grouping in columns.grouped.groupings], np.int64
         ).reshape(-1, 6),
     }
+
+
+def _steps(keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    """What `numpy.cumsum` makes the keys of."""
+    steps = keys.copy()
+    np.subtract(keys[1:], keys[:-1], out=steps[1:])
+    return steps
 
 
 def unpack(n_tensors: int, arrays: Mapping[str, NDArray[Any]]) -> Columns:

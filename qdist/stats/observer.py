@@ -215,19 +215,20 @@ class Observer:
         given: Feeds,
         names: tuple[str, ...],
     ) -> None:
-        """Add the tapped tensors among those made. Empties ``made``, each let go once it is
-        read."""
-        padding, refuse_nan = self._spec.padding, self._spec.on_nan == "error"
-        for name in list(made):
-            found = made.pop(name)
-            if name not in rows:
-                continue
-            row, tensor = rows[name]
-            values = as_float32(found)
-            kept = padding.kept(given, tensor, values.shape) if padding is not None else None
-            accumulator.add(row, values, kept)
-            if refuse_nan and accumulator.n_nan(row):
-                raise _nan_error(tensor, values, names, accumulator.n_nan(row))
+        """Add the tapped tensors among those made. Empties ``made``."""
+        padding = self._spec.padding
+        tapped = [(*rows[name], found) for name, found in made.items() if name in rows]
+        made.clear()
+        if padding is None:
+            accumulator.add_all((row, found) for row, _, found in tapped)
+        else:
+            for row, tensor, found in tapped:
+                values = as_float32(found)
+                accumulator.add(row, values, padding.kept(given, tensor, values.shape))
+        if self._spec.on_nan == "error":
+            for row, tensor, found in tapped:
+                if accumulator.n_nan(row):
+                    raise _nan_error(tensor, as_float32(found), names, accumulator.n_nan(row))
 
 
 def _nan_error(

@@ -239,6 +239,11 @@ class CalibrationRecord:
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """What a store writes: the six arrays of `qdist.stats.layout`."""
+        return dict(self._packed)
+
+    @cached_property
+    def _packed(self) -> dict[str, NDArray[Any]]:
+        # A record that is kept is packed for its digest first, and then to be written.
         return layout.pack(
             Columns(
                 histograms=self.histograms,
@@ -249,6 +254,9 @@ class CalibrationRecord:
                 grouped=self.grouped,
             )
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_packed"}
 
     @classmethod
     def from_arrays(

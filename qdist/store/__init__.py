@@ -16,5 +16,6 @@
 ``portable``    a finished calibration in one file.
 ``location``    folder or URL; ``place`` what both have in common, ``local`` and ``remote`` each.
 ``sketches``    a folder of sketches, from which samples are selected.
+``sensitivities`` how far layers move when they are quantized.
 ``failures``    the errors of a store.
 """

@@ -12,6 +12,7 @@
     finished/<name>.json                where the merge of this name is
     documents/<name>.json               small JSON values of others
     spool/<plan>-<cut>-<micro-batch>    what waits between the stages of a pipeline, for a while
+    sensitivities/<id>.<write>.<sha>.zip  how far layers move when quantized, see `sensitivities`
     head.json                           name of the last finished merge
 
 A record comes first, under a name of its own that carries the SHA-256 of its bytes; its receipt is
@@ -39,6 +40,7 @@ TAP_SETS, RECORDS, RECEIPTS = "tapsets", "records", "receipts"
 MERGES, FINISHED, DOCUMENTS = "merges", "finished", "documents"
 INNER, NODES = "inner", "nodes"
 SPOOL = "spool"
+SENSITIVITIES = "sensitivities"
 
 _NODES_OF = "nodes-"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")

@@ -23,6 +23,7 @@ _FOLDERS = (
     layout.FINISHED,
     layout.DOCUMENTS,
     layout.SPOOL,
+    layout.SENSITIVITIES,
 )
 
 

@@ -6,6 +6,8 @@
 ``aciq``, ``admm``, ``improved``.
 ``consumer``    what a layer makes of an error in the tensor that it reads.
 ``auto``        the method with the least expected error in the layers that read a tensor.
+``float_error`` ranges for floating-point types of 8 bits, by the error on their grid.
+``pinning``     how far stored bins pin a range down that is found on linear bins.
 ``adjust``      a range scaled (``th_scale``) or given (``threshold``).
 ``sentinel``    values that mean "masked" rather than a magnitude.
 ``registry``    the methods by name, vendors' names for them, and the functions that apply them.

@@ -100,15 +100,17 @@ def resolve(
 ) -> tuple[str, dict[str, Any]]:
     """The method's own name and all parameters, from that or a vendor's name in any case.
 
-    Given parameters win over those that a vendor's name stands for. Raises QD501.
+    Parameters may stand behind the name: ``percentile:99.9`` (the method's first one), or
+    ``kl:bins=4096,stride=1``. They win over given ones, and these over what a vendor's name stands
+    for. Raises QD501, and QD502 for text behind a name that is no parameter.
     """
-    given = dict(parameters or {})
-    small = method.lower()
-    if small in METHODS:
-        return small, given
+    small, has_own, text = method.lower().partition(":")
+    name, meant = small, dict[str, Any]()
     if small in VENDOR_NAMES:
-        name, meant = VENDOR_NAMES[small]
-        return name, {**meant, **given}
+        name, meant = VENDOR_NAMES[small][0], dict(VENDOR_NAMES[small][1])
+    if name in METHODS:
+        own = _own_parameters(name, text, where) if has_own else {}
+        return name, {**meant, **(parameters or {}), **own}
     raise PlanError(
         "QD501",
         where=where,
@@ -116,6 +118,36 @@ def resolve(
         expected=f"one of {', '.join(METHODS)}, or a vendor's name: {', '.join(VENDOR_NAMES)}",
         mend=f"choose one of these, for example {where}=mse",
     )
+
+
+def _own_parameters(method: str, text: str, where: str) -> dict[str, Any]:
+    """Parameters that stand behind a method's name."""
+    found: dict[str, Any] = {}
+    for part in text.split(","):
+        name, is_named, value = part.partition("=")
+        if not is_named:
+            name, value = next(iter(_TAKEN[method]), ""), part
+        if not name.strip() or not value.strip() or name.strip() in found:
+            first = next(iter(_TAKEN[method]), "th_scale")
+            raise PlanError(
+                "QD502",
+                where=where,
+                got=f"{text!r} behind {method}",
+                expected=f"parameters as {method}:{first}=VALUE"
+                + (f" or {method}:VALUE" if _TAKEN[method] else ""),
+                mend=f"write one of {', '.join((*_TAKEN[method], *EVERY_METHOD))}, once",
+            )
+        found[name.strip()] = _number(value.strip())
+    return found
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def applicable(method: str, parameters: Mapping[str, Any]) -> dict[str, Any]:

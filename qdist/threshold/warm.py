@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from qdist.numbers.dtype import FLOATS
 from qdist.stats.histogram import Density
 from qdist.threshold.clip import Levels
+from qdist.threshold.float_error import float_threshold
+from qdist.threshold.pinning import pinning
 from qdist.threshold.registry import METHODS, find_threshold
 
 _INT8 = Levels(low=-128, high=127, symmetric=False)
@@ -22,6 +25,8 @@ def warm() -> None:
     density = Density(lower=edges[:-1], upper=edges[1:], counts=np.ones(300))
     for method in METHODS:
         find_threshold(density, _INT8, method)
+    pinning(density, _INT8, "kl", placements=1)
+    float_threshold(density, FLOATS["fp8_e4m3"], "mse")
 
 
 if __name__ == "__main__":

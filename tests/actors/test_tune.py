@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from actors.session import ClusterSpec, RaySession
-from actors.tune import TrialSetup, tune
+from actors.trial_book import open_book
+from actors.trial_worker import TrialSetup
+from actors.tune import tune
 from qdist.calibration import CalibrationSettings, calibrate_here, prepare
 from qdist.demo import demo_file
 from qdist.evaluate.builtin import DatasetEvaluation
@@ -76,7 +78,7 @@ def test_a_candidate_that_the_target_refuses_is_a_failed_trial(
             reference=scorer.reference,
         )
         spec = ClusterSpec(address=None, n_workers=1, cpus_per_worker=1)
-        refused, fine = tune(strategy, setup, spec, tmp_path / "trials")
+        refused, fine = tune(strategy, setup, spec, open_book(tmp_path / "trials", {})).trials
         expected = scorer.score(tmp_path / "trials" / "trial-001" / "model.onnx")
     assert refused.report is None
     assert "QD507" in refused.reason

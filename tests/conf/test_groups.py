@@ -51,6 +51,7 @@ DUMMIES: dict[str, Any] = {
     "data.calibration.target": "samples.py:make",
     "evaluation.command": ["python", "score.py", "{model}"],
     "evaluation.target": "score.py:accuracy",
+    "evaluation.metric_cls": "accuracy",
 }
 
 
@@ -59,6 +60,7 @@ def hydra_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Hydra's compose function finds our groups."""
     register_resolvers()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    monkeypatch.setenv("CUSTOM_METRIC_PATH", "plugins")
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         yield
 
@@ -68,9 +70,9 @@ def settings_of(command: str, words: list[str]) -> schema.CommandSettings:
     config = compose(command, words)
     for key, value in DUMMIES.items():
         group, _, name = key.rpartition(".")
-        if OmegaConf.select(config, group) and OmegaConf.is_missing(
-            OmegaConf.select(config, group), name
-        ):
+        found = OmegaConf.select(config, group)
+        # An empty command is one of two names for what has to be given.
+        if found and (OmegaConf.is_missing(found, name) or found.get(name) == []):
             OmegaConf.update(config, key, value, force_add=True)
     return validated(config, COMMANDS[command])
 

@@ -44,13 +44,15 @@ def free_port() -> int:
 
 
 @contextmanager
-def mlflow_server(folder: Path) -> Iterator[MlflowServer]:
+def mlflow_server(folder: Path, port: int | None = None) -> Iterator[MlflowServer]:
     """Serve a database and artifacts in ``folder``; the server is dead when the block ends.
+
+    ``port``: where to listen; None: anywhere.
 
     Raises `RuntimeError` with the server's output if it does not answer within 90 s.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    port = free_port()
+    port = port or free_port()
     log = folder / "server.log"
     command = [
         *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)),

@@ -19,7 +19,7 @@ SCORED = (
     "data.evaluation.labels=calibration_labels",
 )
 TUNE = (
-    *("tune", *SCORED, "target=qdq_power_of_two"),
+    *("tune", *SCORED, "target=qdq_power_of_two", "search=greedy"),
     *("quantization.symmetric=true", "quantization.granularity=tensor"),
     *("search.max_trials=4", "search.saturations=[]", "search.sensitivity_samples=4"),
     *("compare.samples=8", "compare.batch=3", "cluster.workers=1"),

@@ -12,8 +12,10 @@ from typing import Literal
 import pytest
 
 from qdist.cli.tracking import SPOOL_NAME, Tracker, open_tracker
+from qdist.cli.tracking.mlflow_sink import MlflowSink
+from qdist.cli.tracking.spool import REFUSED_NAME, Spool
 from qdist.errors import ArtifactError, ConfigError
-from tests.e2e.mlflow_server import MlflowServer, mlflow_server
+from tests.e2e.mlflow_server import MlflowServer, free_port, mlflow_server
 from tests.e2e.tracked import artifact, client_for, spec, sqlite_uri
 
 SCORES = [0.91, 0.95, 0.93]
@@ -292,6 +294,95 @@ def test_a_server_killed_in_mid_run_loses_nothing(tmp_path: Path) -> None:
     assert [fields[0][3] for fields in mirrored] == list(range(1, 30))
 
 
+def test_what_waited_is_sent_when_the_server_is_back(tmp_path: Path) -> None:
+    spool, port = tmp_path / "out", free_port()
+    model = tmp_path / "temporary.onnx"
+    model.write_bytes(b"weights")
+    with mlflow_server(tmp_path / "server", port) as running:
+        uri = running.url
+        tracker = open_tracker(spec(uri), spool_folder=spool, warn=list[str]().append)
+        parent = tracker.start_run("search", command="search", config={})
+        running.kill()
+        for number in range(3):
+            with parent.start_child(f"trial-{number:03d}", number=number) as child:
+                child.log(metrics={"score": number / 8}, params={"n": number}, tags={"a": "b"})
+                child.log_text("x", "note.txt")
+                child.log_artifact(model, "model")
+    assert tracker.n_spooled > 0
+    model.unlink()
+    # Another process of the same output folder, which is killed while it sends, and one more.
+    with mlflow_server(tmp_path / "server", port):
+        halfway = Spool(spool, list[str]().append, address=json.loads(first_line(spool))["to"])
+        experiment = str(client_for(uri).get_experiment_by_name("digits").experiment_id)
+        sink = MlflowSink(client_for(uri), experiment, halfway, remote=True)
+        for record in list(halfway.waiting())[:5]:
+            sink._again(record)  # sent, and the process dies before it can note that
+        said: list[str] = []
+        with open_tracker(spec(uri), spool_folder=spool, warn=said.append) as again:
+            assert again.n_spooled == 0
+            assert "had waited" in said[0]
+            assert not list(spool.iterdir())
+            known = again._sink.children(parent.id)
+            assert sorted(known) == [0, 1, 2]
+        client = client_for(uri)
+        runs = client.search_runs([experiment])
+        assert len(runs) == 4, "nothing is there twice"
+        for number, state in known.items():
+            run = client.get_run(state.run)
+            assert run.info.status == "FINISHED"
+            assert run.data.metrics == {"score": number / 8}
+            assert run.data.params == {"n": str(number)}
+            assert run.data.tags["a"] == "b"
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            assert artifact(uri, state.run, "model/temporary.onnx", folder) == "weights"
+        # A server of another address gets none of it, and waits for none of it.
+        elsewhere = sqlite_uri(tmp_path)
+        halfway.add("r", "text", {"text": "x", "name": "n"}, "away")
+        with (
+            open_tracker(spec(elsewhere), spool_folder=spool) as other,
+            other.start_run("r", command="search", config={}) as run_,
+        ):
+            run_.log_metrics({"score": 1.0})
+            assert other.n_spooled == 0
+        assert client_for(elsewhere).get_run(run_.id).data.metrics == {"score": 1.0}
+        assert (spool / SPOOL_NAME).exists()
+
+
+def test_a_search_goes_on_after_an_outage_in_its_middle(tmp_path: Path) -> None:
+    port, folder = free_port(), tmp_path / "server"
+    with mlflow_server(folder, port) as running:
+        uri = running.url
+        tracker = open_tracker(spec(uri), spool_folder=tmp_path / "out", warn=list[str]().append)
+        parent = tracker.start_run("search", command="search", config={})
+        running.kill()
+        with parent.start_child("trial-000", number=0) as lost:
+            lost.log_metrics({"score": 0.25})
+        assert tracker.n_spooled
+    with mlflow_server(folder, port):
+        tracker._sink._paused_until = 0.0  # type: ignore[attr-defined]  # the pause is over
+        with parent.start_child("trial-001", number=1) as found:
+            found.log_metrics({"score": 0.5})
+        parent.end()
+        assert tracker.n_spooled == 0
+        assert not (tmp_path / "out" / SPOOL_NAME).exists()
+        history = client_for(uri).get_metric_history(parent.id, "score")
+        assert sorted((point.step, point.value) for point in history) == [(0, 0.25), (1, 0.5)]
+        with open_tracker(spec(uri), spool_folder=tmp_path / "out") as again:
+            resumed = again.start_run("search", command="search", config={}, resume=parent.id)
+            assert resumed.id == parent.id
+            assert sorted(resumed.children()) == [0, 1]
+            child = resumed.start_child("trial-001", resume=resumed.children()[1].run)
+            child.log_text("more", "more.txt")
+            child.end()
+            strange = again.start_run("search", command="search", config={}, resume="0" * 32)
+            assert strange.id not in (parent.id, "0" * 32)
+
+
+def first_line(folder: Path) -> str:
+    return (folder / SPOOL_NAME).read_text().splitlines()[0]
+
+
 def test_a_refused_record_is_spooled_and_the_next_one_is_written(
     server: MlflowServer, tmp_path: Path
 ) -> None:
@@ -302,4 +393,6 @@ def test_a_refused_record_is_spooled_and_the_next_one_is_written(
         run.log_metrics({"score": 1.0})
     assert tracker.n_spooled == 1
     assert len(warnings) == 1
+    assert not (tmp_path / SPOOL_NAME).exists(), "sending it again would not help"
+    assert "n" in (tmp_path / REFUSED_NAME).read_text()
     assert client_for(server.url).get_run(run.id).data.metrics == {"score": 1.0}

@@ -84,6 +84,10 @@ def test_re_binned_counts_stand_for_a_true_linear_histogram(
     assert kl["within_1_percent"] >= 0.75
     # What chance does to a true histogram is more than what re-binning does.
     assert kl["within_1_percent"] > kl["halves_within_1_percent"] + 0.1
+    # Rows where the place is a matter of chance are told, and how far it may be off.
+    assert kl["within_1_percent_without_note"] >= 0.9
+    assert kl["within_placements"] >= 0.9
+    assert kl["within_1_percent_without_note"] > kl["within_1_percent"]
     assert kl["median_excess_nats"] < 1e-9
     assert kl["most_excess_nats"] < 0.005
 

@@ -17,11 +17,14 @@ from qdist.calibration import (
     run_shard,
 )
 from qdist.calibration.blockwise import block_records
+from qdist.calibration.prefix import merge_first, prefix_of
+from qdist.calibration.work import Work
 from qdist.errors import ConfigError, DataError, StoreError
 from qdist.model.graph import Graph
 from qdist.plan.choice import LayerChoice
 from qdist.plan.planner import Planner, PlanSettings
 from qdist.stats.observer import Observer
+from qdist.store.receipt import ShardReceipt
 from qdist.store.zarr_store import create_store
 from qdist.threshold.clip import Levels
 from qdist.threshold.convergence import Convergence
@@ -135,6 +138,36 @@ def test_early_stopping_and_blocks_contradict_each_other(graph: Graph, tmp_path:
     with pytest.raises(ConfigError) as caught:
         calibrate_here(job, SOURCE, store, early_stop=EASY)
     assert caught.value.code == "QD107"
+
+
+@pytest.mark.parametrize(("n", "n_used"), [(1, 3), (3, 3), (10, 12), (N, N)])
+def test_first_samples_are_a_calibration_of_their_own(
+    graph: Graph, n: int, n_used: int, tmp_path: Path
+) -> None:
+    """From shards of any size, and with nothing measured that was measured before."""
+    job = job_of(graph, SOURCE, micro_batch=3)
+    store = create_store(tmp_path / "s", job.identity)
+    whole = calibrate_here(job, SOURCE, store)
+    n_receipts = len(store.receipts())
+    observer = Observer(job.observer)
+
+    def measure(work: Work) -> list[ShardReceipt]:
+        return [run_shard(t.shard, observer, SOURCE, job.inputs, store) for t in work.tasks]
+
+    found = [merge_first(job, store, measure, n) for _ in range(2)]
+    alone = job_of(graph, first(n_used), micro_batch=3)
+    expected = calibrate_here(alone, first(n_used), create_store(tmp_path / "a", alone.identity))
+    assert {merged.record.digest for merged in found} == {expected.record.digest}
+    assert store.latest().record.digest == whole.record.digest
+    # A prefix that ends within a shard measures what of it is its own, once.
+    assert len(store.receipts()) <= n_receipts + 1
+
+
+@pytest.mark.parametrize("n", [0, N + 1])
+def test_a_prefix_has_at_least_one_sample_and_at_most_all(graph: Graph, n: int) -> None:
+    with pytest.raises(DataError) as caught:
+        prefix_of(job_of(graph, SOURCE), n)
+    assert caught.value.code == "QD311"
 
 
 @pytest.mark.parametrize(("n_samples", "n_blocks"), [(12, 4), (12, 3), (14, 7), (5, 5)])

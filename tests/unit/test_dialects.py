@@ -12,7 +12,9 @@ from qdist.plan.choice import LayerChoice
 from qdist.plan.dialects import glow_profile, icraft, knight, sophgo
 from qdist.plan.dialects.forms import FORMS, TEMPLATES, form_of, read_file
 from qdist.plan.dialects.reading import Before
+from qdist.plan.dtype_name import DtypeName
 from qdist.plan.layer_index import LayerIndex
+from qdist.plan.precision import PRECISIONS
 from qdist.plan.rules import Assignment, Rule, apply_rules
 from qdist.plan.scope import NO_INTEGER_FORM
 from tests.unit.test_selectors import plain_layer
@@ -362,15 +364,18 @@ def test_a_file_of_no_form_lists_the_forms(index: LayerIndex, tmp_path: Path) ->
         read_file(path, None, before(index))
 
 
-def test_a_type_that_plans_lack_is_refused_at_its_line(index: LayerIndex) -> None:
+@pytest.mark.parametrize("name", ["int4", "UINT4"])
+def test_four_bit_rows_are_plans_of_four_bits(name: str, index: LayerIndex) -> None:
     given = before(index)
-    rows = f"{HEAD}1,Conv,int4,,,,\n"
+    rows = f"{HEAD}1,Conv,{name},,,,\n"
     found = icraft.read(rows, "f.csv", given)
-    assert found.rules[0].settings["precision"] == "int4"
-    with pytest.raises(PlanError) as caught:
-        apply_rules(index, given.choices, found.rules)
-    assert caught.value.code == "QD506"
-    assert caught.value.where == "rule 'layer:stem' (f.csv line 2)"
+    assert found.rules[0].settings["precision"] == name.lower()
+    choice = apply_rules(index, given.choices, found.rules).choices["stem"]
+    assert (choice.bits.activation_bits, choice.bits.weight_bits) == (4, 4)
+
+
+def test_every_type_that_files_can_name_can_be_planned() -> None:
+    assert {name.precision for name in DtypeName} <= set(PRECISIONS)
 
 
 def test_icraft_rows_reach_types_levels_and_granularities(index: LayerIndex) -> None:

@@ -169,6 +169,7 @@ def test_parameters_of_the_default_do_not_reach_a_method_that_a_rule_chose(tmp_p
         ("w8a16", "tensor", "auto", (8, None, "max")),
         ("int8", "channel", "kl", (8, 1, "kl")),
         ("w4a8", "channel", "ACIQ", (4, 1, "aciq")),
+        ("int8", "channel", "percentile:99", (8, 1, "percentile")),
     ],
 )
 def test_a_weight_gets_the_range_of_its_values(

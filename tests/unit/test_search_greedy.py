@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from qdist.evaluate.report import EvalReport
 from qdist.plan.choice import LayerChoice
 from qdist.search.greedy import Greedy, GreedySettings
-from qdist.search.strategies import STRATEGIES, make_strategy
 from qdist.search.trial import Candidate, Trial, best_of
 
 Score = Callable[[Candidate], float | None]
@@ -267,12 +266,3 @@ def test_equal_scores_prefer_the_smaller_artifact_then_the_earlier_trial() -> No
 def test_settings_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="max_trials must be at least 1"):
         GreedySettings(**wrong)  # type: ignore[arg-type]
-
-
-def test_strategies_by_name() -> None:
-    plain = layers(1)
-    made = make_strategy("greedy", plain, {}, GreedySettings(), {})
-    assert isinstance(made, Greedy)
-    assert list(STRATEGIES) == ["greedy"]
-    with pytest.raises(KeyError):
-        make_strategy("annealing", plain, {}, GreedySettings(), {})

@@ -14,6 +14,7 @@ from onnx import NodeProto, helper
 
 from qdist.demo import demo_file
 from qdist.emit.writer import write_model
+from qdist.errors import PlanError
 from qdist.evaluate.modes import compare_modes
 from qdist.model.freeze import FrozenModel, freeze
 from qdist.model.loading import load_model
@@ -37,6 +38,7 @@ from qdist.simulate.reference import (
     shifted,
     sum_of,
 )
+from qdist.simulate.rows import floor_division, gains_of, normalized, softmax
 from qdist.simulate.tables import interpolated, table_of
 from qdist.simulate.wires import Wires
 from tests.onnx_models import (
@@ -105,7 +107,7 @@ def whole(plan: ProjectedPlan, layer: str, index: int, values: Array) -> Array:
         ratio = (values / np.float32(q.scales[0])).astype(np.float64)
         rounded = round_integer(ratio, plan.target.rounding)
         return np.clip(rounded, q.low - zero, q.high - zero).astype(np.int64)
-    return q.quantize(values).astype(np.int64)
+    return q.quantize(values).astype(np.int64) - q.zero_points[0]
 
 
 # --- the reference itself -----------------------------------------------------------------------
@@ -238,6 +240,7 @@ def bias_of(name: str, constants: Mapping[str, Array]) -> Array:
     {"precision": "int8"},
     {"precision": "uint8", "granularity": "tensor"},
     {"precision": "w4a8", "granularity": "group=2"},
+    {"precision": "u4a8", "granularity": "tensor"},
     {"precision": "int16"},
     {"precision": "int8", "weight_range_bits": 6, "activation_range_bits": 7},
 ])  # fmt: skip
@@ -438,6 +441,64 @@ def test_batch_normalization_is_always_per_channel(small: float, tmp_path: Path)
     assert (off[1] > 3) == bool(saturated)
 
 
+def test_the_first_cut_leaves_room_for_the_bias(tmp_path: Path) -> None:
+    """A bias far above what is multiplied and summed fits its 16 bits where a cut allows it."""
+    bias = np.array([5.0, -4.0, 0.5, 0.0], np.float32)
+    proto = model(
+        [
+            node("Conv", ["x", "w"], ["c"], "layer"),
+            node("Add", ["c", "b"], ["y"], "bias"),
+        ],
+        [value("x", ["n", 3, 6, 6])],
+        [value("y", ["n", 4, 6, 6])],
+        {"w": normal(4, 3, 1, 1, seed=1) * 0.03, "b": bias.reshape(4, 1, 1)},
+    )
+    frozen, plan = planned(proto, {"x": (3, 6, 6)}, tmp_path, ICRAFT, granularity="tensor")
+    layer = of(plan, "layer")
+    assert layer.bias_bounds == (5.0, 4.0, 0.5, 0.0)
+    assert integer_graph(frozen, plan).notes == ()
+    ((_, _, shift),) = layer.weights[0].quantizer.cuts
+    blind = replace(
+        plan.plan,
+        layers=tuple(
+            replace(
+                la,
+                bias_bounds=(),
+                weights=tuple(
+                    replace(e, quantizer=replace(e.quantizer, cuts=())) for e in la.weights
+                ),
+            )
+            for la in plan.plan.layers
+        ),
+    )
+    other = ICRAFT.project(blind)
+    assert of(other, "layer").weights[0].quantizer.cuts[0][2] < shift
+    assert integer_graph(frozen, other).notes == ("layer: 2 biases saturate in 16 bits",)
+    x = normal(4, 3, 6, 6, seed=5)
+    (exact,) = run(scoring_session(frozen.source, EXECUTION), None, {"x": x})
+    assert np.abs(computed(frozen, plan, tmp_path, {"x": x}) - exact).max() < 0.1
+
+
+def test_a_channel_without_weights_takes_the_scale_of_its_bias(tmp_path: Path) -> None:
+    weights = normal(4, 1, 1, 1, seed=1)
+    weights[2] = 1e-7
+    proto = model(
+        [node("Conv", ["x", "w", "b"], ["y"], "layer", group=4)],
+        [value("x", ["n", 4, 6, 6])],
+        [value("y", ["n", 4, 6, 6])],
+        {"w": weights, "b": np.array([0.1, 0.2, 3.0, 0.0], np.float32)},
+    )
+    frozen, plan = planned(proto, {"x": (4, 6, 6)}, tmp_path, ICRAFT)
+    assert of(plan, "layer").is_depthwise
+    assert integer_graph(frozen, plan).notes == ()
+    x = normal(4, 4, 6, 6, seed=5)
+    (exact,) = run(scoring_session(frozen.source, EXECUTION), None, {"x": x})
+    found = computed(frozen, plan, tmp_path, {"x": x})
+    assert (
+        np.abs(found[:, 2] - exact[:, 2]).max() <= of(plan, "layer").outputs[0].quantizer.scales[0]
+    )
+
+
 # --- tables -------------------------------------------------------------------------------------
 
 
@@ -463,6 +524,138 @@ def test_functions_of_sixteen_bits_are_tables(op_type: str, bits: int, tmp_path:
     (exact,) = run(scoring_session(frozen.source, EXECUTION), None, {"x": source.applied(x)})
     step = source.scales[0] * 2 ** (16 - bits)
     assert np.abs(found - result.applied(exact)).max() <= step**2 / 8 + 3 * result.scales[0]
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12])
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_softmax_is_a_table_of_exponentials(axis: int, bits: int, tmp_path: Path) -> None:
+    proto = model(
+        [node("Softmax", ["x"], ["y"], "layer", axis=axis)],
+        [value("x", ["n", 7, 50])],
+        [value("y", ["n", 7, 50])],
+    )
+    target = replace(ANY_TARGET, table_bits=bits)
+    frozen, plan = planned(proto, {"x": (7, 50)}, tmp_path, target, precision="int16")
+    layer = of(plan, "layer")
+    source, result = layer.activations[0].quantizer, layer.outputs[0].quantizer
+    x = normal(20, 7, 50, seed=9) * 1.5
+    stored = softmax(whole(plan, "layer", 0, x), axis, source, result, bits)
+    expected = result.dequantize((stored + result.zero_points[0]).astype(np.int32))
+    found = computed(frozen, plan, tmp_path, {"x": x})
+    assert np.array_equal(found, expected)
+    assert integer_graph(frozen, plan).schemes == {"layer": "table"}
+    (exact,) = run(scoring_session(frozen.source, EXECUTION), None, {"x": source.applied(x)})
+    # Interpolation errs by an eighth of the squared step, as a share; entries by 2**-16 each.
+    step = source.scales[0] * 2 ** (16 - bits)
+    assert np.abs(found - result.applied(exact)).max() < step**2 / 4 + x.shape[axis] * 2**-15
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12])
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_layer_normalization_is_a_table_of_roots(axis: int, bits: int, tmp_path: Path) -> None:
+    row = (7, 50)[-1 if axis == -1 else 0 :]
+    proto = model(
+        [node("LayerNormalization", ["x", "g", "b"], ["y"], "layer", axis=axis, epsilon=1e-5)],
+        [value("x", ["n", 7, 50])],
+        [value("y", ["n", 7, 50])],
+        {"g": normal(*row, seed=1) + 1, "b": normal(*row, seed=2)},
+        opset=17,
+    )
+    target = replace(ANY_TARGET, table_bits=bits)
+    frozen, plan = planned(proto, {"x": (7, 50)}, tmp_path, target, precision="int16")
+    layer = of(plan, "layer")
+    source, result = layer.activations[0].quantizer, layer.outputs[0].quantizer
+    # Rows of very different spread, one of them constant.
+    spread = np.array([1e-4, 1e-3, 1e-2, 0.1, 1.0, 2.0], np.float32).reshape(6, 1, 1)
+    x = normal(6, 7, 50, seed=9) * spread
+    x[0] = 0.5
+    weights = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
+    gains = gains_of(weights["g"], weights["b"], 1e-5, source, result)
+    axes = (-1,) if axis == -1 else (-2, -1)
+    centred = normalized(whole(plan, "layer", 0, x), axes, gains.epsilon, bits)
+    total = (centred * gains.whole.astype(np.int64)) + gains.bias.astype(np.int64)
+    m, n = fixed_point(np.asarray(gains.multiplier, np.float32))
+    zero, levels = result.zero_points[0], (result.low, result.high)
+    stored = requantized(total, m, n, zero, levels)
+    expected = result.dequantize(stored.astype(np.int32))
+    found = computed(frozen, plan, tmp_path, {"x": x})
+    assert np.array_equal(found, expected)
+    assert integer_graph(frozen, plan).schemes == {"layer": "table"}
+    (exact,) = run(scoring_session(frozen.source, EXECUTION), None, {"x": source.applied(x)})
+    # An eighth of the second derivative (at most 3/4) times the square step of the table, a share
+    # of what may be 7 root-mean-squares from the mean; the mean is exact to an eighth of a level.
+    share = (4 / 2**bits) ** 2 * 3 / 32 + 2**-14
+    off = np.abs(found - result.applied(exact))
+    assert off[3:].max() < 4 * 7 * share + 8 * result.scales[0]
+    assert off[0].max() < 3 * result.scales[0]
+
+
+def test_whole_number_division_is_exact(tmp_path: Path) -> None:
+    frozen = frozen_from(
+        model([node("Relu", ["x"], ["y"], "layer")], [value("x", ["n"])], [value("y", ["n"])]),
+        tmp_path / "model.onnx",
+    )
+    pairs = Pairs(frozen.weights(), {"a", "b", "q"})
+    wires = Wires(pairs, "test")
+    wires.add("Identity", floor_division(wires, "a", "b"), target="q")
+    double = [helper.make_tensor_value_info(name, onnx.TensorProto.DOUBLE, ["n"]) for name in "abq"]
+    graph = helper.make_graph(wires.nodes, "test", double[:2], double[2:], pairs.initializers)
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    b = np.arange(1, 4001, dtype=np.int64)
+    quotient = (2**52 // b) - 3
+    # Next to whole quotients, where rounding a quotient to float64 would carry it over.
+    a = np.concatenate([quotient * b - 1, quotient * b, quotient * b + 1])
+    b = np.tile(b, 3)
+    session = scoring_session(proto.SerializeToString(), EXECUTION)
+    (found,) = run(session, None, {"a": a.astype(np.float64), "b": b.astype(np.float64)})
+    assert np.array_equal(found.astype(np.int64), a // b)
+
+
+@pytest.mark.parametrize("gain", [(1,), (50,)])
+def test_rows_of_unknown_length_stay_float(gain: tuple[int, ...], tmp_path: Path) -> None:
+    proto = model(
+        [node("LayerNormalization", ["x", "g"], ["y"], "layer")],
+        [value("x", ["n", 50])],
+        [value("y", ["n", 50])],
+        {"g": np.ones(gain, np.float32)},
+        opset=17,
+    )
+    target = replace(ANY_TARGET, table_bits=10)
+    frozen, plan = planned(proto, {"x": (50,)}, tmp_path, target, precision="int16")
+    found = integer_graph(frozen, plan).in_float
+    assert found == ({} if gain == (50,) else {"layer": "the length of its rows is not known"})
+
+
+def test_a_layer_may_have_a_longer_table(tmp_path: Path) -> None:
+    proto = model(
+        [node("Sigmoid", ["x"], ["y"], "layer")], [value("x", ["n", 50])], [value("y", ["n", 50])]
+    )
+    target = replace(ANY_TARGET, table_bits=8)
+    x = {"x": normal(60, 50, seed=9)}
+    results = []
+    for n, bits in enumerate((None, 8, 12)):
+        (tmp_path / str(n)).mkdir()
+        frozen, plan = planned(
+            proto, {"x": (50,)}, tmp_path / str(n), target, precision="int16", table_bits=bits
+        )
+        results.append(computed(frozen, plan, tmp_path / str(n), x))
+        assert not plan.plan.notes
+    assert np.array_equal(results[0], results[1])
+    assert not np.array_equal(results[0], results[2])
+
+
+def test_lengths_of_tables_that_mean_nothing(tmp_path: Path) -> None:
+    proto = model(
+        [node("Sigmoid", ["x"], ["y"], "layer")], [value("x", ["n", 50])], [value("y", ["n", 50])]
+    )
+    target = replace(ANY_TARGET, table_bits=8)
+    _, plan = planned(proto, {"x": (50,)}, tmp_path, target, precision="int8", table_bits=12)
+    assert "table_bits means nothing to 1 layers, such as layer" in " ".join(plan.plan.notes)
+    with pytest.raises(PlanError, match="the target has no tables") as caught:
+        ANY_TARGET.project(plan.plan)
+    assert caught.value.code == "QD507"
+    with pytest.raises(PlanError, match="8, 9, 10, 11, 12"):
+        LayerChoice(table_bits=7)
 
 
 def test_tables_are_for_sixteen_bits_only(tmp_path: Path) -> None:

@@ -281,6 +281,11 @@ CHOICES: dict[str, dict[str, Any]] = {
     "uint8": {"precision": "uint8"},
     "uint16": {"precision": "uint16"},
     "int16": {"precision": "int16"},
+    "int4": {"precision": "int4"},
+    "uint4": {"precision": "uint4"},
+    "u4a8": {"precision": "u4a8"},
+    "u4 in blocks": {"precision": "u4", "granularity": "block=8"},
+    "u4 fitted by parameters": {"precision": "u4", "weight_saturation": "percentile:99"},
     "6;7": {"weight_range_bits": 6, "activation_range_bits": 7},
     "w4 in blocks": {"precision": "w4", "granularity": "block=7"},
     "w8 in blocks": {"precision": "w8", "granularity": "block=8"},
@@ -356,7 +361,7 @@ def test_half_precision_weights_are_stored_in_half_the_bytes(
 ) -> None:
     frozen, planner = given
     sizes = {}
-    for name in ("float32", "tf32", "fp16", "bf16", "fp8_e4m3", "w8", "w4"):
+    for name in ("float32", "tf32", "fp16", "bf16", "fp8_e4m3", "w8", "w4", "u4"):
         graph = assemble(frozen, plan_of(planner, precision=name))
         sizes[name] = {
             t.name.split(".")[0]: t for t in graph.proto.graph.initializer if "scale" not in t.name
@@ -370,7 +375,27 @@ def test_half_precision_weights_are_stored_in_half_the_bytes(
         "fp8_e4m3": "FLOAT8E4M3FN",
         "w8": "INT8",
         "w4": "INT4",
+        "u4": "UINT4",
     }
+
+
+def test_unsigned_weights_are_the_signed_ones_moved(
+    given: tuple[FrozenModel, Planner], tmp_path: Path
+) -> None:
+    frozen, planner = given
+    values = frozen.weights().read("w")
+    for granularity in ("channel", "tensor", "block=8"):
+        one, other = (
+            layers_of(plan_of(planner, precision=name, granularity=granularity))["first"]
+            .weights[0]
+            .quantizer
+            for name in ("w4", "u4")
+        )
+        assert np.array_equal(one.quantize(values) + 8, other.quantize(values))
+        assert same_bits(one.applied(values), other.applied(values))
+    symmetric = replace(ANY_TARGET, symmetric_only=True)
+    with pytest.raises(PlanError, match="weights of uint4, with a zero point"):
+        symmetric.project(plan_of(planner, precision="u4").plan)
 
 
 def test_masks_saturate_in_narrow_floating_point_types(tmp_path: Path) -> None:

@@ -199,6 +199,47 @@ def test_a_mask_that_does_not_fit_is_refused() -> None:
         Accumulator(("x",)).add(0, np.zeros((2, 3), np.float32), np.ones((2, 4), np.bool_))
 
 
+@given(
+    st.lists(st.tuples(st.sampled_from(SHAPES), st.sampled_from(KINDS)), min_size=1, max_size=5),
+    st.sampled_from([None, -1, 0, 1, -2]),
+    st.integers(0, 2**32 - 1),
+    st.booleans(),
+)
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_tensors_counted_in_one_call_are_those_counted_one_by_one(
+    tensors: list[tuple[tuple[int, ...], str]], axis: int | None, seed: int, shape_varies: bool
+) -> None:
+    names = [f"tensor{row}" for row in range(len(tensors))]
+    spec = StatisticsSpec(
+        n_largest=20, n_values=30, groups=(GroupRequest(match="tensor1", axis=-1, group_size=2),)
+    )
+    axes = None if axis is None else dict.fromkeys(names, axis)
+    together, single = (Accumulator(names, spec, axes) for _ in range(2))
+    for turn in range(4):
+        if turn == 2 and shape_varies:
+            tensors = [((*shape, 2), kind) for shape, kind in tensors]
+        arrays: list[NDArray[Any]] = [
+            tensor(shape, kind, seed + 10 * turn + row, 1)
+            for row, (shape, kind) in enumerate(tensors)
+        ]
+        # Some of another type, some that lie otherwise in memory, and of one tensor two.
+        with np.errstate(invalid="ignore"):
+            wide: list[NDArray[Any]] = [array.astype(np.float64) for array in arrays]
+        arrays = [wide[r] if (turn + r) % 5 == 4 else a for r, a in enumerate(arrays)]
+        arrays = [np.asfortranarray(a) if (turn + r) % 7 == 6 else a for r, a in enumerate(arrays)]
+        pairs = [*enumerate(arrays), (0, arrays[0])]
+        together.add_all(iter(pairs))
+        for row, array in pairs:
+            single.add(row, array)
+    assert together.record().digest == single.record().digest
+    together.reset()
+    together.add_all(enumerate(arrays))
+    single.reset()
+    for row, array in enumerate(arrays):
+        single.add(row, array)
+    assert together.record().digest == single.record().digest
+
+
 def test_reset_forgets_everything_and_a_record_stays_as_it_was() -> None:
     spec = StatisticsSpec(groups=(GroupRequest(match="*", axis=1, group_size=2),))
     parts: list[Batch] = [(tensor((2, 9, 400), kind, 1, 2), None) for kind in ("few", "gauss")]

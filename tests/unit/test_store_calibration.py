@@ -265,10 +265,11 @@ def test_shards_are_sized_by_the_number_of_samples() -> None:
     pair = Settings(n_workers=2)
     assert [pair.samples_per_shard(n, weight_bytes=1) for n in (6, 64, 256, 1000)] == [
         3,
-        16,
+        32,
         32,
         64,
     ]
+    assert pair.samples_per_shard(64, weight_bytes=1 << 30) == 16
     many = Settings(n_workers=64)
     assert [many.samples_per_shard(n, n_segments=5) for n in (64, 512, 100_000)] == [1, 8, 196]
     with pytest.raises(ValueError, match="at least 1"):

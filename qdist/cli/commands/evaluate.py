@@ -11,10 +11,13 @@ from qdist.cli import domain
 from qdist.cli.commands import steps
 from qdist.cli.commands.scoring import make_scorer, note_overlap
 from qdist.cli.context import Context
+from qdist.cli.evaluation_words import evaluation_dump
 from qdist.cli.schema import EvaluateSettings
 from qdist.emit.qdq import MODE_KEY, MODES
 from qdist.errors import ArtifactError
 from qdist.evaluate.builtin import DatasetEvaluation
+from qdist.evaluate.custom_metric import ClassEvaluation
+from qdist.evaluate.dumped import score_dumped
 from qdist.evaluate.report import EvalReport
 from qdist.files import write_json
 from qdist.model.loading import load_model, read_graph
@@ -22,9 +25,12 @@ from qdist.simulate.nodes import is_rounding
 
 
 def run(context: Context[EvaluateSettings]) -> None:
-    """Score the float model, then the artifact, with the same evaluation."""
+    """Score the float model, then the artifact, with the same evaluation; or dumped outputs."""
     settings = context.settings
     evaluation = domain.evaluation(settings.evaluation, settings.data)
+    if isinstance(evaluation, ClassEvaluation) and evaluation_dump(settings.evaluation):
+        _score_dumped(context, evaluation, evaluation_dump(settings.evaluation))
+        return
     artifact = domain.absolute(settings.artifact)
     if not artifact.is_file():
         raise ArtifactError(
@@ -58,6 +64,26 @@ def run(context: Context[EvaluateSettings]) -> None:
         tracked.log_metrics({"score": after.score, "float_score": before.score, **after.metrics})
     context.console.print(_table(settings.model.name, before, after))
     context.say(f"{_mode(artifact)}, run as it is written: {artifact}")
+
+
+def _score_dumped(
+    context: Context[EvaluateSettings], evaluation: ClassEvaluation, folder: str
+) -> None:
+    """Run the class by itself over the outputs of an earlier comparison; no model runs."""
+    reports = score_dumped(evaluation, domain.absolute(folder))
+    write_json(
+        context.make_folder() / "evaluation.json",
+        {name: report.to_json() for name, report in reports.items()},
+    )
+    table = Table(title=f"{evaluation.metric_cls} of {folder}", title_justify="left")
+    table.add_column("outputs")
+    metrics = list(dict.fromkeys(name for report in reports.values() for name in report.metrics))
+    for name in metrics:
+        table.add_column(name, justify="right")
+    for place, report in reports.items():
+        values = [report.metrics.get(name, math.nan) for name in metrics]
+        table.add_row(place, *(f"{value:.4f}" for value in values))
+    context.console.print(table)
 
 
 def _table(name: str, before: EvalReport, after: EvalReport) -> Table:

@@ -10,7 +10,7 @@ from qdist.cli.commands.steps import Chosen
 from qdist.cli.context import Context
 from qdist.data.source import DataSource
 from qdist.errors import ConfigError
-from qdist.evaluate.compare import sensitivity
+from qdist.evaluate.sensitivity import sensitivity
 from qdist.model.groups import LayerGroup, find_groups
 from qdist.plan.dialects.knight_rules import closure
 from qdist.plan.plan import QuantizationPlan

@@ -13,12 +13,12 @@ from qdist.cli.commands.mixing import check_data, mix_of, mixed
 from qdist.cli.context import Context
 from qdist.cli.schema import QuantizeSettings
 from qdist.emit.qdq import emit_qdq, refuse_overwriting
-from qdist.errors import ArtifactError
+from qdist.errors import ArtifactError, ConfigError
 from qdist.files import write_text
 from qdist.model.freeze import FrozenModel
 from qdist.model.graph import Graph
 from qdist.plan.choice import LayerChoice
-from qdist.plan.dialects.forms import TEMPLATES, unknown_form
+from qdist.plan.dialects.forms import TEMPLATES, unknown_form, write_into
 from qdist.plan.dialects.reading import Before
 from qdist.plan.layer_index import find_index
 from qdist.plan.planner import Planner
@@ -41,6 +41,14 @@ def run(context: Context[QuantizeSettings]) -> None:
     if settings.template is not None:
         _write_template(context, settings.template, target)
         return
+    if settings.template_into is not None:
+        raise ConfigError(
+            "QD105",
+            where="template_into",
+            got="no template",
+            expected="the form that is written into the file",
+            mend="add --template sophgo, or --template slimai_profile",
+        )
     folder = context.make_folder()
     frozen = context.frozen_model()
     refuse_overwriting(frozen, folder / ARTIFACT)
@@ -128,6 +136,7 @@ def _write_template(context: Context[QuantizeSettings], name: str, target: Targe
     if name not in TEMPLATES:
         raise unknown_form(name, "template", tuple(TEMPLATES))
     form = TEMPLATES[name]
+    given = context.settings.template_into
     settings = context.settings
     folder = context.make_folder()
     frozen = context.frozen_model()
@@ -136,16 +145,26 @@ def _write_template(context: Context[QuantizeSettings], name: str, target: Targe
         index = find_index(Graph(frozen, context.execution), settings.quantization.scope)
         assignment, _, notes = steps.apply_all_rules(index, settings.quantization)
         choices, said = _worded(assignment.choices)
-        notes += said
-        text = form.template(Before(index=index, choices=choices))
+        notes = [*notes, *said]
+        before = Before(index=index, choices=choices)
+        if given is None:
+            text = form.template(before)
+        else:
+            text, more = write_into(domain.absolute(given), name, before, None)
+            notes = [*notes, *more]
     else:
         planner, _ = _planner(context, frozen)
         chosen = _chosen(context, planner, target)
         notes = list(chosen.notes)
-        if form.template is not None:
-            choices, said = _worded(chosen.choices)
-            notes += said
-            text = form.template(Before(index=planner.index, choices=choices))
+        choices, said = _worded(chosen.choices)
+        notes += said
+        before = Before(index=planner.index, choices=choices)
+        if given is not None:
+            plan = chosen.planner.plan(chosen.choices, chosen.why)
+            text, more = write_into(domain.absolute(given), name, before, plan)
+            notes += more
+        elif form.template is not None:
+            text = form.template(before)
         elif form.plan_template is not None:
             text = form.plan_template(chosen.planner.plan(chosen.choices, chosen.why))
         else:

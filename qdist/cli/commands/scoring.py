@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 from qdist.cli import domain, schema
 from qdist.cli.context import Context
 from qdist.cli.tracking import Run
-from qdist.errors import DataError
+from qdist.data.halves import Part, PartName
+from qdist.data.source import DataSource
+from qdist.errors import ConfigError, DataError
 from qdist.evaluate.builtin import DatasetEvaluation
+from qdist.evaluate.custom_metric import ClassEvaluation
 from qdist.evaluate.overlap import overlap_text
 from qdist.evaluate.scorer import Evaluation, Scorer
+from qdist.files import write_json
 
 
 def make_scorer(
@@ -28,6 +33,44 @@ def make_scorer(
     )
 
 
+def score_unseen(context: Context[schema.TuneSettings], float_model: Path, best: Path) -> None:
+    """Score both models on the samples that the search did not see, where there are such: say it,
+    and write ``unseen.json``."""
+    config = context.settings.evaluation
+    if not isinstance(config, schema.MetricConfig | schema.ClassConfig) or not config.search_share:
+        return
+    evaluation = domain.evaluation(config, context.settings.data, "report")
+    with (
+        make_scorer(context, evaluation, float_model) as scorer,
+        context.working("scoring what the search did not see"),
+    ):
+        before, after = scorer.score(float_model), scorer.score(best)
+    write_json(
+        context.folder / "unseen.json", {"float": before.to_json(), "quantized": after.to_json()}
+    )
+    context.say(
+        f"{after.n_samples} samples that the search did not see: {after.metric} {after.score:.4f}, "
+        f"float model {before.score:.4f}"
+    )
+
+
+def check_parts(settings: schema.TuneSettings) -> None:
+    """Raise now what the report part, or dumped outputs, would raise after the search."""
+    config = settings.evaluation
+    if isinstance(config, schema.ClassConfig) and config.dumped:
+        raise ConfigError(
+            "QD107",
+            where="evaluation.dumped",
+            got="qdist tune",
+            expected="a search scores models, not dumped outputs",
+            mend="leave it out, or use qdist evaluate",
+        )
+    if isinstance(config, schema.MetricConfig | schema.ClassConfig) and config.search_share:
+        source = domain.evaluation_source(settings.data)
+        for part in get_args(PartName):
+            domain.evaluation_part(config, source, part).keys()
+
+
 def note_overlap(
     context: Context[schema.EvaluateSettings] | Context[schema.TuneSettings],
     evaluation: Evaluation,
@@ -35,16 +78,21 @@ def note_overlap(
 ) -> None:
     """Say and record how many evaluation samples are calibration samples too, if any."""
     data = context.settings.data
-    if data is None or not isinstance(evaluation, DatasetEvaluation):
+    if data is None or not isinstance(evaluation, DatasetEvaluation | ClassEvaluation):
         return
     calibration = data.calibration
     if isinstance(calibration, schema.CapturedSamples | schema.RandomSamples):
         return
     try:
-        text = overlap_text(evaluation.source, domain.source(calibration))
+        text = overlap_text(_whole(evaluation.source), domain.source(calibration))
     except DataError:
         # Scoring does not need the calibration set, which may have stayed on another machine.
         return
     if text is not None:
         context.notes([f"{text} evaluation samples are calibration samples"])
         tracked.set_tags({"qdist.evaluation_overlap": text})
+
+
+def _whole(source: DataSource) -> DataSource:
+    """The set that a part is of, which compares with the calibration set."""
+    return source.source if isinstance(source, Part) else source

@@ -8,12 +8,14 @@
 ``run``          `Tracker` and `Run`, which callers hold.
 ``names``        names that MLflow accepts, and values cut to what it takes.
 ``values``       values as text and as JSON.
-``sink``         where records go; ``mlflow_sink`` MLflow; ``spool`` a file of what it refused.
+``sink``         where records go; ``mlflow_sink`` MLflow; ``spool`` a file of what waits for it.
+``records``      what a record does to a run.
 ``client_call``  MLflow's variables and silence around each call.
 
 Once it is open, tracking never ends a run: what MLflow does not take is appended to
 ``mlflow-spool.jsonl``, a file of self-contained records ``{"run", "kind", "payload", "error"}``,
-and the run goes on.
+and the run goes on. When MLflow answers again, in this run or at the start of the next with the
+same output folder, the records are sent in their order and the file goes.
 
 One process, the driver, owns all writes. Only `MlflowClient` is used, never the fluent API,
 and MLflow's variables are set around each call alone, so nothing leaks into the processes

@@ -31,10 +31,11 @@ def open_tracker(
 ) -> Tracker:
     """Connect to MLflow, create database and experiment where missing, and prove both usable.
 
-    ``spool_folder`` (created only when needed) takes what MLflow refuses later; ``warn`` is
-    called once, with one line, when that starts. Raises QD901 (no server answers, within about
-    10 s), QD902 (the database cannot be used) or QD104 (the experiment was deleted). With
-    ``enabled=False`` nothing is imported and every call on the tracker does nothing.
+    ``spool_folder`` (created only when needed) takes what MLflow refuses later, and what waits
+    there of an earlier run is sent now; ``warn`` is told of either, with one line. Raises QD901
+    (no server answers, within about 10 s), QD902 (the database cannot be used) or QD104 (the
+    experiment was deleted). With ``enabled=False`` nothing is imported and every call on the
+    tracker does nothing.
     """
     if not spec.enabled:
         return Tracker(spec, NullSink(), hint="tracking is off (tracking.enabled=false)")
@@ -48,8 +49,10 @@ def open_tracker(
             f"mlflow ui --backend-store-uri {shlex.quote(database_uri(database))}"
             f"  # then open http://127.0.0.1:5000/#/experiments/{experiment}"
         )
-    spool = Spool(spool_folder.absolute(), warn)
+    spool = Spool(spool_folder.absolute(), warn, address=f"{shown(spec.uri)}#{experiment}")
     sink = MlflowSink(client, experiment, spool, remote=database is None)
+    if n_sent := sink.catch_up():
+        warn(f"MLflow has taken {n_sent} records that had waited in {spool.path}")
     return Tracker(spec, sink, hint=hint)
 
 

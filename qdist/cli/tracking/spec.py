@@ -16,19 +16,20 @@ class TrackingSpec:
 
     ``uri`` is ``sqlite:///PATH`` (artifacts land in ``mlartifacts`` beside the database) or
     ``http(s)://SERVER``. ``artifacts`` says which files are sent: ``all``; ``best``: those of
-    parent runs and those logged with ``best=True``; ``none``. Configurations, JSON, text and
+    parent runs and those logged with ``best=True``; ``front``: the same, where the caller gives
+    ``best=True`` to all that are on the front; ``none``. Configurations, JSON, text and
     tables are always sent. Raises QD104.
     """
 
     uri: str
     experiment: str
-    artifacts: Literal["all", "best", "none"]
+    artifacts: Literal["all", "front", "best", "none"]
     enabled: bool
     run_name: str | None
 
     def __post_init__(self) -> None:
-        if self.artifacts not in ("all", "best", "none"):
-            raise _bad_value("tracking.artifacts", self.artifacts, "all, best or none")
+        if self.artifacts not in ("all", "front", "best", "none"):
+            raise _bad_value("tracking.artifacts", self.artifacts, "all, front, best or none")
         if not self.enabled:
             return
         if not self.experiment.strip():

@@ -22,15 +22,20 @@ from qdist.plan.plan import QuantizationPlan
 _LARGEST_BYTES = 256 << 20
 
 
+Into = Callable[[str, str, Before, QuantizationPlan | None], tuple[str, tuple[str, ...]]]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
     """One form. ``template``: writes a file to edit from choices; ``plan_template``: from a whole
-    plan, for forms that hold ranges. ``suffix``: how the name of such a file ends."""
+    plan, for forms that hold ranges. ``into``: the same into a vendor's own file, given its text
+    and name, with notes. ``suffix``: how the name of such a file ends."""
 
     read: Callable[[str, str, Before], FileRules]
     recognises: Callable[[str, str], bool]
     template: Callable[[Before], str] | None = None
     plan_template: Callable[[QuantizationPlan], str] | None = None
+    into: Into | None = None
     suffix: str = ""
 
 
@@ -55,12 +60,14 @@ FORMS: dict[str, Form] = {
         read=glow_profile.read,
         recognises=glow_profile.recognises,
         plan_template=glow_profile.template,
+        into=glow_profile.into,
         suffix="_profile.yaml",
     ),
     "sophgo": Form(
         read=sophgo.read,
         recognises=sophgo.recognises,
         template=sophgo.template,
+        into=sophgo.into,
         suffix="_test_fp32.prototxt",
     ),
 }
@@ -89,18 +96,42 @@ def read_file(path: Path, form: str | None, before: Before) -> FileRules:
 
     Raises QD508 for a file that cannot be read or recognised, or as its form does.
     """
-    try:
-        if path.stat().st_size > _LARGEST_BYTES:
-            raise refuse(str(path), f"{path.stat().st_size} bytes", "a file of rules")
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise refuse(str(path), "nothing there", "a file of rules", "correct the path") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise refuse(str(path), f"{error}", "text in UTF-8") from error
+    text = "\n".join(read_text(path).replace("\r\n", "\n").split("\r"))
     name = form or form_of(path, text)
     if name not in FORMS:
         raise unknown_form(name, "quantization.rules_form", tuple(FORMS))
     return FORMS[name].read(text, path.name, before)
+
+
+def write_into(
+    path: Path, name: str, before: Before, plan: QuantizationPlan | None
+) -> tuple[str, tuple[str, ...]]:
+    """The text of a vendor's own file with what a template of this form says, and notes.
+
+    Raises QD508 for a form that is not written so, and for a file that cannot be read, or as its
+    form does.
+    """
+    into = TEMPLATES[name].into
+    if into is None:
+        known = [known for known, form in TEMPLATES.items() if form.into is not None]
+        got = f"{name!r}, which is written as a whole"
+        mend = "leave template_into out, or choose one of these"
+        raise refuse("template_into", got, f"one of {', '.join(known)}", mend)
+    return into(read_text(path), path.name, before, plan)
+
+
+def read_text(path: Path) -> str:
+    """A vendor's file. Raises QD508."""
+    try:
+        if path.stat().st_size > _LARGEST_BYTES:
+            raise refuse(str(path), f"{path.stat().st_size} bytes", "a file of rules")
+        # Line ends stay as they are, for what is written back.
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError as error:
+        raise refuse(str(path), "nothing there", "a file of rules", "correct the path") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise refuse(str(path), f"{error}", "text in UTF-8") from error
+    return text
 
 
 def form_of(path: Path, text: str) -> str:

@@ -96,6 +96,37 @@ def edited(text: str, ranges: Mapping[str, tuple[float, float]], file: str = "pr
     return "".join(lines)
 
 
+def into(
+    text: str, file: str, before: Before, plan: QuantizationPlan | None
+) -> tuple[str, tuple[str, ...]]:
+    """A profile that the vendor's tool has dumped, with the ranges of a plan, and notes: hash,
+    histograms and all else stay.
+
+    Nodes whose tensor the plan does not quantize keep their range. Raises QD508 for a file of which
+    no node is in the model, `ValueError` without a plan.
+    """
+    if plan is None:
+        raise ValueError("ranges come from a plan")
+    ranges = widest(plan, lambda found: found.bounds)
+    for layer in plan.layers:
+        for entry in layer.outputs:
+            ranges.setdefault(entry.tensor, entry.quantizer.bounds)
+    names = _known_names(before.index)
+    entries = parse(text, file)
+    tensors = {entry.name: _tensor(entry.name, names) for entry in entries}
+    strange = [name for name, tensor in tensors.items() if tensor is None]
+    if len(strange) == len(entries):
+        near = ", ".join(close(strange[0], list(names)))
+        raise refuse(file, f"no node of the model, such as {strange[0]!r}", f"nodes such as {near}")
+    found = {name: ranges[t] for name, t in tensors.items() if t is not None and t in ranges}
+    still = [name for name, t in tensors.items() if t is not None and t not in ranges]
+    notes = (
+        *note_of(f"{file}: {len(strange)} nodes are not in the model, and stay:", strange),
+        *note_of(f"{file}: {len(still)} nodes have no range in the plan, and stay:", still),
+    )
+    return edited(text, found, file), notes
+
+
 def template(plan: QuantizationPlan) -> str:
     """A profile with the range of every activation that a plan quantizes, to be edited and read.
 

@@ -395,7 +395,10 @@ def _template_row(op_id: int, operator: Operator, before: Before) -> MixRow:
         if host not in index.left_out:
             choice = before.choices[host]
             dtype = _dtype(choice.precision, host)
-            weight_method = choice.weight_method
+            # Icraft has no word for a method's parameters.
+            weight_method = (
+                choice.weight_saturation if choice.weight_parameters else choice.weight_method
+            )
             used = choice.weight_range_bits if dtype.is_integer else None
             granularity = choice.granularity if index.by_name[operator.layer].weights else "tensor"
     elif operator.source is not None and operator.source not in index.left_out:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from qdist.plan.dialects.reading import line_of, refuse
 
@@ -41,10 +42,10 @@ class Field:
 
 def parse(text: str, file: str) -> tuple[Field, ...]:
     """The top-level fields. Raises QD508 with the line."""
-    tokens = list(_tokens(text.lstrip("\ufeff"), file))
+    tokens = tokens_of(text, file)
     found, at = _fields(tokens, 0, "", file)
     if at < len(tokens):
-        raise refuse(line_of(file, tokens[at][2]), repr(tokens[at][1]), "a field")
+        raise refuse(line_of(file, tokens[at].line), repr(tokens[at].text), "a field")
     return found
 
 
@@ -54,18 +55,49 @@ def quoted(text: str) -> str:
     return f'"{escaped}"'
 
 
-Token = tuple[str, str, int]
+class Token(NamedTuple):
+    """A word, string or brace as written; its line from 1, and where in the text it starts."""
+
+    kind: str
+    text: str
+    line: int
+    start: int
+
+    @property
+    def value(self) -> str:
+        """What it stands for: strings without quotes."""
+        if self.kind != "string":
+            return self.text
+        return re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], self.text[1:-1])
+
+
+def tokens_of(text: str, file: str) -> list[Token]:
+    """The tokens of a text, without space and comments. Raises QD508 with the line."""
+    return list(_tokens(text, file))
+
+
+def closing_of(tokens: list[Token], at: int) -> int:
+    """The place of the brace that closes the one at ``at``."""
+    depth = 0
+    for i in range(at, len(tokens)):
+        if tokens[i].kind == "brace" and tokens[i].text in _OPENING:
+            depth += 1
+        elif tokens[i].kind == "brace" and tokens[i].text in _OPENING.values():
+            depth -= 1
+            if depth == 0:
+                return i
+    return len(tokens)
 
 
 def _tokens(text: str, file: str) -> Iterator[Token]:
-    at, line = 0, 1
+    at, line = int(text.startswith("\ufeff")), 1
     while at < len(text):
         found = _TOKEN.match(text, at)
         if found is None:
             raise refuse(line_of(file, line), repr(text[at : at + 10]), "text that ends its quotes")
         kind = found.lastgroup or ""
         if kind not in ("space", "comment"):
-            yield kind, found[0], line
+            yield Token(kind, found[0], line, at)
         line += found[0].count("\n")
         at = found.end()
 
@@ -74,7 +106,7 @@ def _fields(tokens: list[Token], at: int, closing: str, file: str) -> tuple[tupl
     """Fields up to the closing brace (or the end), and the place after it."""
     found: list[Field] = []
     while at < len(tokens):
-        kind, text, line = tokens[at]
+        kind, text, line, _ = tokens[at]
         if text == closing and kind == "brace":
             return tuple(found), at + 1
         if kind != "word":
@@ -82,7 +114,7 @@ def _fields(tokens: list[Token], at: int, closing: str, file: str) -> tuple[tupl
         value, at = _value(tokens, at + 1, line, text, file)
         found += [Field(name=text, value=each, line=line) for each in value]
     if closing:
-        last = tokens[-1][2] if tokens else 1
+        last = tokens[-1].line if tokens else 1
         raise refuse(line_of(file, last), "the end of the file", f"{closing!r}")
     return tuple(found), at
 
@@ -94,7 +126,7 @@ def _value(
     at += has_colon
     if at >= len(tokens):
         raise refuse(line_of(file, line), f"{name!r} at the end", "a value")
-    kind, text, where = tokens[at]
+    kind, text, where, _ = tokens[at]
     if kind == "brace" and text in _OPENING:
         inner, at = _fields(tokens, at + 1, _OPENING[text], file)
         return [inner], at
@@ -116,9 +148,6 @@ def _value(
 
 
 def _scalar(token: Token, file: str) -> str:
-    kind, text, line = token
-    if kind == "string":
-        return re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], text[1:-1])
-    if kind != "word":
-        raise refuse(line_of(file, line), repr(text), "a value")
-    return text
+    if token.kind not in ("string", "word"):
+        raise refuse(line_of(file, token.line), repr(token.text), "a value")
+    return token.value

@@ -13,7 +13,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from qdist.plan.dialects import prototext
+from qdist.plan.dialects.prototext_edit import edited
 from qdist.plan.dialects.reading import Before, FileRules, cannot_write, line_of, note_of, refuse
+from qdist.plan.plan import QuantizationPlan
 from qdist.plan.rules import Rule
 from qdist.plan.selector import close
 
@@ -117,6 +119,40 @@ def template(before: Before) -> str:
 
     Raises QD507 for a precision other than 8 bits and float.
     """
+    return render(template_layers(before))
+
+
+def into(
+    text: str, file: str, before: Before, plan: QuantizationPlan | None
+) -> tuple[str, tuple[str, ...]]:
+    """A network's own prototxt with what `template` says of its layers, and notes.
+
+    Only what means something else than the file does already is changed; ``th_scale``,
+    ``threshold``, comments and order stay. Layers of one name (of two phases) change alike. Raises
+    QD508 for a file without any layer of the model, QD507 as `template`.
+    """
+    rows = {layer.name: layer for layer in template_layers(before)}
+    known = parse(text, file)
+    changes: dict[str, dict[str, str]] = {}
+    for layer in known:
+        wanted = rows.get(layer.name)
+        if wanted is None:
+            continue
+        fields = changes.setdefault(layer.name, {})
+        if (layer.th_strategy or "USE_DEFAULT") != wanted.th_strategy:
+            fields["th_strategy"] = wanted.th_strategy or "USE_DEFAULT"
+        if bool(layer.forward_with_float) != bool(wanted.forward_with_float):
+            fields["forward_with_float"] = str(bool(wanted.forward_with_float)).lower()
+    if not changes:
+        expected = f"a network with layers such as {', '.join(list(rows)[:3])}"
+        raise refuse(file, f"none of the model's layers among {len(known)}", expected)
+    missing = [name for name in rows if name not in changes]
+    notes = note_of(f"{file}: {len(missing)} layers of the model are not in it:", missing)
+    return edited(text, changes, file, ("layer", "layers")), notes
+
+
+def template_layers(before: Before) -> list[SophgoLayer]:
+    """What `template` writes. Raises QD507."""
     rows = []
     for layer in before.index.choosable:
         choice = before.choices[layer.name]
@@ -136,7 +172,7 @@ def template(before: Before) -> str:
                 forward_with_float=choice.bits.is_float,
             )
         )
-    return render(rows)
+    return rows
 
 
 def float_rules(

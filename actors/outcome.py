@@ -1,0 +1,47 @@
+"""When a search ends, who hears of it, and what it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from qdist.search.trial import Trial
+
+Stopped: TypeAlias = Literal["strategy", "trials", "target", "time", "interrupt"]
+"""What ended a search: the strategy had nothing to ask, or a limit was reached, or Ctrl-C."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """When a search ends, whatever its strategy. ``max_trials`` and ``target_score`` are looked at
+    between rounds, so that they give the same answer with any number of workers; ``time_s``, from
+    the moment the workers are ready, ends trials where they are. ``layers_of``: the name of what
+    layers are compared on; empty where none are."""
+
+    max_trials: int | None = None
+    time_s: float | None = None
+    target_score: float | None = None
+    layers_of: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """All trials that finished, by number, and why there are no more. ``n_scored``: plans that
+    workers scored now, those run ahead included; ``n_reused``: trials that needed no scoring.
+    ``driver_s``: seconds of the driver's own work, all trials together; ``seconds``: of all."""
+
+    trials: list[Trial]
+    stopped: Stopped
+    n_scored: int
+    n_reused: int
+    driver_s: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hooks:
+    """``on_trial`` hears of every trial as it ends, ``on_message`` of retries and losses."""
+
+    on_trial: Callable[[Trial], None] | None = None
+    on_message: Callable[[str], None] | None = None

@@ -1,0 +1,213 @@
+"""What scores the candidates of a search: planned, written, loaded and scored by one worker."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from actors.plan_folder import ARTIFACT, PLAN, PlanFolder
+from qdist.data.source import DataSource
+from qdist.digest import digest_json
+from qdist.emit.qdq import emit_qdq
+from qdist.errors import QdistError
+from qdist.evaluate.in_place import InPlace
+from qdist.evaluate.report import EvalReport
+from qdist.evaluate.scorer import Evaluation, Scorer
+from qdist.evaluate.sums import Deviation
+from qdist.model.freeze import FrozenModel
+from qdist.model.graph import Graph
+from qdist.model.session import Execution
+from qdist.model.taps import TapTable
+from qdist.plan.choice import LayerChoice
+from qdist.plan.plan_settings import PlanSettings
+from qdist.plan.planner import Planner
+from qdist.plan.resolved import resolved_digest
+from qdist.plan.target import ProjectedPlan, Target
+from qdist.search.results import PlanResult
+from qdist.search.trial import Candidate
+from qdist.stats.record import CalibrationRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialTask:
+    """One plan to score, hashable so that it can travel. ``key``: of its choices; ``number``: of
+    the trial that first asked for it; ``plans``: below which every plan has its folder."""
+
+    key: str
+    number: int
+    choices: tuple[tuple[str, LayerChoice], ...]
+    changed: tuple[str, ...]
+    wants_layers: bool
+    plans: Path
+    session: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Twin:
+    """The answer to a task whose plan is that of another task, ``owner`` (a key), which runs."""
+
+    digest: str
+    owner: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSamples:
+    """What layers are compared on, in trials that want it: the first ``n_samples`` of ``source``,
+    ``batch`` a run."""
+
+    source: DataSource
+    n_samples: int
+    batch: int = 8
+
+    @property
+    def name(self) -> str:
+        """Says whether two comparisons were on the same samples of one source."""
+        return digest_json([self.n_samples, self.source.preprocessing()])[:16]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialSetup:
+    """What a worker needs besides the candidate. Picklable. ``reference``: `Scorer.reference` of
+    a scorer that lives until the search has ended. ``layers``: None where no layer is compared."""
+
+    frozen: FrozenModel
+    record: CalibrationRecord
+    taps: TapTable
+    settings: PlanSettings
+    target: Target
+    evaluation: Evaluation
+    execution: Execution
+    scratch: Path
+    reference: Path | None = None
+    scorer_options: dict[str, Any] = field(default_factory=dict)
+    layers: LayerSamples | None = None
+
+
+class TrialWorker:
+    """Scores candidates. A plain class: one process, one thread.
+
+    Between trials it keeps the model, the histograms and the ranges read from them, and, once it
+    has compared layers, the loaded float model and its values. The float model's outputs for the
+    evaluation are read from the file that the driver wrote once.
+    """
+
+    def __init__(self, setup: TrialSetup) -> None:
+        self._setup = setup
+        self._planner: Planner | None = None
+        self._scorer: Scorer | None = None
+        self._in_place: InPlace | None = None
+
+    def setup(self) -> dict[str, Any]:
+        """Index the model."""
+        s = self._setup
+        graph = Graph(s.frozen, s.execution)
+        self._planner = Planner(graph, s.record, s.taps, s.settings)
+        self._scorer = Scorer(
+            evaluation=s.evaluation,
+            float_model=s.frozen.source,
+            scratch=s.scratch,
+            execution=s.execution,
+            reference=s.reference,
+            **s.scorer_options,
+        )
+        return {}
+
+    def run(self, task: TrialTask) -> PlanResult | Twin:
+        """Plan, write, load and score one candidate, unless its plan was scored before or is being
+        scored. One that the target refuses, that cannot be written, loaded or scored has a reason
+        and no report. What was scored is on disk when this returns."""
+        begin = time.perf_counter()
+        try:
+            projected = self._projected(task)
+            digest = resolved_digest(projected.plan)
+        except QdistError as error:
+            return PlanResult(digest="", report=None, n_bytes=0, reason=str(error))
+        folder = PlanFolder(path=task.plans / digest[:32], session=task.session)
+        found = folder.result()
+        if found is None:
+            owner = folder.claimed_by(task.key)
+            if owner != task.key:
+                return Twin(digest=digest, owner=owner)
+            # Who held the claim may have finished in between.
+            found = folder.result()
+        if found is not None:
+            return self._with_layers(task, projected, folder, replace(found, reused=True))
+        result = self._scored(projected, digest, folder, begin)
+        folder.save(result)
+        return self._with_layers(task, projected, folder, result)
+
+    def _projected(self, task: TrialTask) -> ProjectedPlan:
+        if self._planner is None:
+            raise RuntimeError("run() before setup()")
+        candidate = Candidate(
+            number=task.number, label="", choices=dict(task.choices), changed=task.changed
+        )
+        return self._setup.target.project(self._planner.plan(candidate.choices, candidate.why))
+
+    def _scored(
+        self, projected: ProjectedPlan, digest: str, folder: PlanFolder, begin: float
+    ) -> PlanResult:
+        """``begin``: when work on the plan began, by `time.perf_counter`."""
+        details: dict[str, object] = {}
+        report: EvalReport | None = None
+        n_bytes, reason = 0, ""
+        try:
+            artifact = emit_qdq(self._setup.frozen, projected, folder.path / ARTIFACT, check=False)
+            projected.plan.save(folder.path / PLAN)
+            n_bytes = artifact.n_bytes
+            details |= {
+                "build_s": time.perf_counter() - begin,
+                "plan_digest": artifact.plan_digest,
+                "opset": artifact.opset,
+                "counts": dict(projected.plan.counts()),
+                "coverage": str(projected.plan.coverage()),
+            }
+            report = self._score(artifact.path, details)
+        except QdistError as error:
+            reason = str(error)
+            details["log"] = str(getattr(error, "log", ""))
+        return PlanResult(
+            digest=digest, report=report, n_bytes=n_bytes, reason=reason, details=details
+        )
+
+    def _score(self, model: Path, details: dict[str, object]) -> EvalReport:
+        if self._scorer is None:
+            raise RuntimeError("run() before setup()")
+        begin = time.perf_counter()
+        try:
+            return self._scorer.score(model)
+        finally:
+            details["evaluation_s"] = time.perf_counter() - begin
+
+    def _with_layers(
+        self, task: TrialTask, projected: ProjectedPlan, folder: PlanFolder, result: PlanResult
+    ) -> PlanResult:
+        """``result`` with every layer compared, where the task wants that and it can be had."""
+        samples = self._setup.layers
+        if not task.wants_layers or samples is None or result.report is None:
+            return result
+        if result.has_layers(samples.name):
+            return result
+        begin = time.perf_counter()
+        try:
+            layers = self._deviations(projected, samples)
+        except QdistError:
+            # The score stands, though this data cannot be compared on.
+            layers = {}
+        details = {**result.details, "layers_s": time.perf_counter() - begin}
+        whole = replace(result, layers=layers, layers_of=samples.name, details=details)
+        folder.save(whole)
+        return whole
+
+    def _deviations(self, projected: ProjectedPlan, samples: LayerSamples) -> dict[str, Deviation]:
+        if self._in_place is None:
+            self._in_place = InPlace(
+                self._setup.frozen,
+                samples.source,
+                self._setup.execution,
+                batch=samples.batch,
+                n_samples=samples.n_samples,
+            )
+        return self._in_place.deviations(projected)

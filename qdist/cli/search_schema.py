@@ -1,0 +1,65 @@
+"""What the configuration group ``search`` may hold."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from qdist.cli.data_schema import Group
+
+
+class SearchConfig(Group):
+    """How the search goes."""
+
+    strategy: str = Field(
+        "pareto", description="pareto, greedy, or a class of your own, FILE.py:Class"
+    )
+    max_trials: int = Field(12, ge=1, description="the plain plan included")
+    time_limit_s: float | None = Field(
+        None, gt=0, description="end the search after so long, with the best so far; null: never"
+    )
+    stop_score: float | None = Field(
+        None, description="end after the round in which a trial scores as well as this; null: never"
+    )
+    low: str | None = Field("w4a8", description="precision to lower insensitive layers to")
+    high: str | None = Field("w8a16", description="precision to raise sensitive layers to")
+    saturations: list[str] = Field(description="threshold methods to try")
+    first_share: float = Field(
+        0.5, gt=0, le=1, description="share of layers that greedy moves at first"
+    )
+    sensitivity_samples: int = Field(32, ge=1, description="samples to measure layers on")
+    precisions: list[str] = Field(
+        [], description="precisions to choose from; []: quantization.precision, low and high"
+    )
+    granularities: list[str] = Field(
+        [], description="of weights, beside quantization.granularity: tensor, channel, block=N, ..."
+    )
+    activation_granularities: list[str] = Field(
+        [], description="of activations, beside the plain one: tensor, channel, token"
+    )
+    weight_range_bits: list[int] = Field([], description="so many of a weight's bits, beside all")
+    activation_range_bits: list[int] = Field(
+        [], description="so many of an activation's bits, beside all"
+    )
+    together: Literal["none", "groups", "knight"] = Field(
+        "groups",
+        description="what changes together: concats, residual sums and Q/K/V, or by Knight's rules",
+    )
+    cost: Literal["bytes", "bit_operations", "latency"] = Field(
+        "bytes", description="what plans cost: bytes of weights, bit operations, or search.latency"
+    )
+    latency: str | None = Field(None, description="a CSV file of operator,dtype,us")
+    budget: float | str | None = Field(
+        None, description="largest cost of the answer, or 60% of the plain plan's; null: any"
+    )
+    target: float | None = Field(
+        None, description="the cheapest plan of this score will do; null: the best score"
+    )
+    trials_per_round: int = Field(4, ge=1, description="plans that pareto verifies at a time")
+    n_budgets: int = Field(30, ge=2, description="points of the front that pareto predicts")
+    patience: int = Field(2, ge=1, description="rounds without a better front that end pareto")
+    include_greedy: bool = Field(
+        False, description="run greedy beside pareto, with as many trials more"
+    )
+    options: dict[str, Any] = Field({}, description="for a strategy of your own")

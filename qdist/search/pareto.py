@@ -1,0 +1,211 @@
+"""Probe, solve, verify, correct: the default strategy.
+
+1. *Probe*: the sensitivity of every layer to every choice, measured beforehand.
+2. *Solve*: least harm for a sweep of budgets, a multiple-choice knapsack (`qdist.search.knapsack`):
+   the predicted front.
+3. *Verify*: the plain plan and both ends of the front first; then, round by round, the plans of the
+   predicted front that lie farthest in cost from everything verified.
+4. *Correct*: verified trials tell which groups harm more or less than predicted
+   (`qdist.search.correction`); the next round solves again.
+
+It is over when the front of verified trials stands still, or the trials are used up. With a target
+the rounds close in on the cheapest plan that reaches it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from qdist.search.ahead import if_rest_fails
+from qdist.search.candidates import CandidateTable
+from qdist.search.correction import group_weights, losses
+from qdist.search.front import Front
+from qdist.search.greedy import Greedy, greedy_for
+from qdist.search.knapsack import Knapsack, Solution
+from qdist.search.problem import SearchProblem
+from qdist.search.settings import SearchSettings
+from qdist.search.trial import Candidate, Choices, Trial, choices_key
+
+
+class Pareto:
+    """The strategy. Deterministic: equal problems, settings and trials give equal proposals."""
+
+    def __init__(self, problem: SearchProblem, settings: SearchSettings) -> None:
+        self._problem = problem
+        self._settings = settings
+        self._table = CandidateTable(problem)
+        self._weights = [1.0] * len(problem.groups)
+        self._trials: dict[str, Trial] = {}
+        self._numbers: dict[str, int] = {}
+        self._n_own = 0
+        self._round = 0
+        self._idle = 0
+        self._front = Front(unit=problem.costs.unit, higher_is_better=problem.higher_is_better)
+        self._predicted: tuple[Solution, ...] = ()
+        self._greedy: Greedy | None = None
+        self._greedy_asked: list[Candidate] = []
+        if settings.include_greedy:
+            self._greedy = greedy_for(problem, settings.greedy)
+
+    @property
+    def front(self) -> Front:
+        """Of all trials so far."""
+        return self._front
+
+    @property
+    def predicted(self) -> tuple[Solution, ...]:
+        """The front that the last round solved for."""
+        return self._predicted
+
+    def ask(self) -> list[Candidate]:
+        """The next round; empty when the search is over."""
+        own = [] if self._is_over() else self._own()
+        beside = self._from_greedy()
+        self._round += 1
+        return [*own, *beside]
+
+    def tell(self, trials: Iterable[Trial]) -> None:
+        """All trials of the last round, in any order."""
+        before = self._front.key
+        for trial in sorted(trials, key=lambda trial: trial.candidate.number):
+            self._trials[trial.candidate.key] = trial
+            cost = self._problem.cost(trial.candidate.choices)
+            self._front = self._front.with_trial(trial, cost)
+        self._idle = 0 if self._front.key != before else self._idle + 1
+        told = list(self._trials.values())
+        self._weights = group_weights(
+            [self._table.harms_of(trial.candidate.choices) for trial in told],
+            losses(told, self._problem.float_score),
+            len(self._problem.groups),
+        )
+        self._tell_greedy()
+
+    def speculate(self, finished: Sequence[Trial], running: Sequence[Candidate]) -> list[Candidate]:
+        """The next round, if what still runs brings nothing."""
+        shared = (self._problem, self._settings, *self._trials.values())
+        return if_rest_fails(self, finished, running, shared)
+
+    def answer(self) -> Trial | None:
+        """The best trial so far, by the target and the budget of the settings."""
+        return self._front.best(target=self._settings.target, budget=self._settings.budget)
+
+    def _is_over(self) -> bool:
+        return self._n_own >= self._settings.max_trials or self._idle >= self._settings.patience
+
+    def _own(self) -> list[Candidate]:
+        knapsack = self._table.knapsack(self._weights)
+        limit = math.inf if self._settings.budget is None else self._settings.budget
+        self._predicted = knapsack.front(self._settings.n_budgets, limit)
+        found: list[Candidate] = []
+        if self._round == 0:
+            self._add(found, "plain", self._problem.plain, None)
+            if self._predicted:
+                for solution, label in (
+                    (self._predicted[0], "cheapest"),
+                    (self._predicted[-1], "least harm"),
+                ):
+                    self._add(found, label, self._choices(solution), solution.harm)
+        while len(found) < self._settings.trials_per_round:
+            picked = self._next(knapsack, found)
+            if picked is None or not self._add(found, *picked):
+                break
+        return found
+
+    def _next(
+        self, knapsack: Knapsack, found: list[Candidate]
+    ) -> tuple[str, Choices, float] | None:
+        """The unseen plan of the predicted front that tells most."""
+        open_ = [s for s in self._predicted if not self._is_seen(self._choices(s))]
+        if not open_ or self._n_own >= self._settings.max_trials:
+            return None
+        costs = [self._problem.cost(t.candidate.choices) for t in self._trials.values()]
+        costs += [self._problem.cost(candidate.choices) for candidate in found]
+        best = max(open_, key=lambda s: (self._worth(s, costs), -s.cost))
+        exact = knapsack.solve(best.cost)
+        if exact is not None and not self._is_seen(self._choices(exact)):
+            best = exact
+        label = f"{self._problem.costs.unit} {_short(best.cost)}"
+        return label, self._choices(best), best.harm
+
+    def _worth(self, solution: Solution, costs: list[float]) -> tuple[float, float]:
+        """First whether a plan lies where the target is to be found, then its distance in cost from
+        the verified ones."""
+        distance = min((_distance(solution.cost, cost) for cost in costs), default=math.inf)
+        target = self._settings.target
+        if target is None:
+            return 0.0, distance
+        gain = self._front.gain
+        met = [p.cost for p in self._front.points if gain(p.score) >= gain(target)]
+        failed = [p.cost for p in self._front.points if gain(p.score) < gain(target)]
+        low, high = max(failed, default=0.0), min(met, default=math.inf)
+        return float(low < solution.cost < high), distance
+
+    def _choices(self, solution: Solution) -> Choices:
+        return self._table.choices(solution.picks)
+
+    def _is_seen(self, choices: Choices) -> bool:
+        return choices_key(choices) in self._numbers
+
+    def _add(
+        self, found: list[Candidate], label: str, choices: Choices, predicted: float | None
+    ) -> bool:
+        """Propose a plan of our own, if it is new and there is a trial left for it."""
+        if self._n_own >= self._settings.max_trials or self._is_seen(choices):
+            return False
+        found.append(self._candidate(label, choices, predicted))
+        self._n_own += 1
+        return True
+
+    def _candidate(self, label: str, choices: Choices, predicted: float | None) -> Candidate:
+        plain = self._problem.plain
+        names = (layer.name for layer in self._problem.layers)
+        candidate = Candidate(
+            number=len(self._numbers),
+            label=label,
+            choices=choices,
+            changed=tuple(name for name in names if choices[name] != plain[name]),
+            round=self._round,
+            predicted=predicted,
+        )
+        self._numbers[candidate.key] = candidate.number
+        return candidate
+
+    def _from_greedy(self) -> list[Candidate]:
+        """What the greedy search asks for and nobody has tried."""
+        while self._greedy is not None:
+            self._greedy_asked = self._greedy.ask()
+            if not self._greedy_asked:
+                self._greedy = None
+                break
+            new = [
+                self._candidate(f"greedy: {asked.label}", asked.choices, None)
+                for asked in self._greedy_asked
+                if asked.key not in self._numbers
+            ]
+            if new or any(asked.key not in self._trials for asked in self._greedy_asked):
+                return new
+            self._tell_greedy()
+        return []
+
+    def _tell_greedy(self) -> None:
+        if self._greedy is None or not self._greedy_asked:
+            return
+        self._greedy.tell(
+            replace(self._trials[asked.key], candidate=asked) for asked in self._greedy_asked
+        )
+        self._greedy_asked = []
+
+
+def _distance(one: float, other: float) -> float:
+    """Of two costs, relative to each other."""
+    if one == other:
+        return 0.0
+    if min(one, other) <= 0:
+        return math.inf
+    return abs(math.log(one / other))
+
+
+def _short(cost: float) -> str:
+    return f"{cost:.4g}"

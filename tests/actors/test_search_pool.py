@@ -1,0 +1,250 @@
+"""The search over a real pool: what is scored, how often, what is told, and how it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from actors.outcome import Hooks, Limits, Outcome
+from actors.session import ClusterSpec, RaySession
+from actors.trial_book import TrialBook, open_book
+from actors.trial_worker import LayerSamples, TrialSetup
+from actors.tune import tune
+from qdist.calibration import CalibrationSettings, calibrate_here, prepare
+from qdist.demo import demo_file
+from qdist.evaluate.compare import compare_layers
+from qdist.evaluate.function import FunctionEvaluation
+from qdist.model.freeze import freeze
+from qdist.model.graph import Graph
+from qdist.model.loading import load_model
+from qdist.plan.choice import LayerChoice
+from qdist.plan.planner import Planner
+from qdist.search.trial import Candidate, Trial
+from qdist.store.zarr_store import create_store
+from tests.onnx_models import ANY_TARGET, EXECUTION, samples_of
+
+CNN = demo_file("digits_cnn.onnx")
+PLAIN = LayerChoice()
+SAME = LayerChoice(weight_saturation="max")  # what "auto" is for 8-bit weights
+SCORE = """
+import os, pathlib, signal, time
+import numpy as np
+
+def score(executor, folder, seconds=0.0, dies=()):
+    here = pathlib.Path(folder)
+    x = np.linspace(-1, 1, 64, dtype=np.float32).reshape(1, 1, 8, 8)
+    value = float(np.abs(executor.forward(x)[0]).sum())
+    with (here / "scored").open("a") as file:
+        file.write(f"{value!r}\\n")
+    n = len((here / "scored").read_text().splitlines())
+    if n in dies:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(seconds)
+    return value
+"""
+
+
+@dataclass
+class Script:
+    """Asks for given rounds; ``next_guess``: what it says may come after each."""
+
+    rounds: Sequence[Sequence[Candidate]]
+    guesses: Sequence[Sequence[Candidate]] = ()
+    told: list[list[tuple[int, float | None]]] = field(default_factory=list)
+    guessed: list[tuple[int, int]] = field(default_factory=list)
+
+    def ask(self) -> list[Candidate]:
+        n = len(self.told)
+        return list(self.rounds[n]) if n < len(self.rounds) else []
+
+    def tell(self, trials: Iterable[Trial]) -> None:
+        self.told.append(
+            [(t.candidate.number, t.report.score if t.report else None) for t in trials]
+        )
+
+    def speculate(self, finished: Sequence[Trial], running: Sequence[Candidate]) -> list[Candidate]:
+        self.guessed.append((len(finished), len(running)))
+        n = len(self.told)
+        return list(self.guesses[n]) if n < len(self.guesses) else []
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A calibrated model, and what workers need to score its plans."""
+
+    setup: TrialSetup
+    planner: Planner
+    folder: Path
+
+    def candidate(self, number: int, **changed: LayerChoice) -> Candidate:
+        """A plan; ``_N`` is the choice of the N-th choosable layer, ``all`` that of the others."""
+        names = [layer.name for layer in self.planner.layers]
+        choices = dict.fromkeys(names, changed.get("all", PLAIN))
+        for i, layer in enumerate(self.planner.choosable()):
+            name = layer.name
+            choices[name] = changed.get(f"_{i}", choices[name])
+        return Candidate(number=number, label=f"plan {number}", choices=choices)
+
+    def run(
+        self,
+        strategy: Script,
+        *,
+        workers: int = 1,
+        limits: Limits | None = None,
+        hooks: Hooks | None = None,
+        book: TrialBook | None = None,
+        seconds: float = 0.0,
+        dies: tuple[int, ...] = (),
+    ) -> Outcome:
+        assert isinstance(self.setup.evaluation, FunctionEvaluation)
+        arguments = {"folder": str(self.folder), "seconds": seconds, "dies": dies}
+        evaluation = replace(self.setup.evaluation, arguments=arguments)
+        spec = ClusterSpec(address=None, n_workers=workers, cpus_per_worker=1)
+        setup = replace(self.setup, evaluation=evaluation)
+        return tune(strategy, setup, spec, book or self.book(), limits, hooks)
+
+    def book(self, name: str = "trials", identity: str = "one") -> TrialBook:
+        return open_book(self.folder / name, {"search": identity})
+
+    @property
+    def n_scored(self) -> int:
+        path = self.folder / "scored"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@pytest.fixture
+def bench(cluster: RaySession, tmp_path: Path) -> Bench:
+    frozen = freeze(load_model(CNN))
+    source = samples_of("images", 1, 8, 8, n=8)
+    graph = Graph(frozen)
+    job = prepare(frozen, source, CalibrationSettings(), EXECUTION, graph=graph)
+    merged = calibrate_here(job, source, create_store(tmp_path / "store", job.identity))
+    planner = Planner(graph, merged.record, job.taps)
+    script = tmp_path / "score.py"
+    script.write_text(SCORE)
+    setup = TrialSetup(
+        frozen=frozen,
+        record=merged.record,
+        taps=job.taps,
+        settings=planner.settings,
+        target=ANY_TARGET,
+        evaluation=FunctionEvaluation(target=f"{script}:score", higher_is_better=True),
+        execution=EXECUTION,
+        scratch=tmp_path / "scratch",
+        layers=LayerSamples(source=source, n_samples=4),
+    )
+    return Bench(setup=setup, planner=planner, folder=tmp_path)
+
+
+def scores(outcome: Outcome) -> list[float | None]:
+    return [trial.report.score if trial.report else None for trial in outcome.trials]
+
+
+def test_plans_that_come_to_the_same_are_scored_once(bench: Bench) -> None:
+    wide = LayerChoice(precision="w8a16")
+    asked = [bench.candidate(0), bench.candidate(1, all=SAME), bench.candidate(2, all=wide)]
+    first = bench.run(Script([asked]), workers=2, seconds=0.3)
+    assert bench.n_scored == first.n_scored == 2
+    plain, same, other = scores(first)
+    assert plain == same != other
+    assert first.trials[0].n_bytes == first.trials[1].n_bytes
+    for number in range(3):
+        place = bench.folder / "trials" / f"trial-{number:03d}"
+        assert {"model.onnx", "plan.json", "trial.json"} <= {p.name for p in place.iterdir()}
+
+    # The same search once more, in another order: all of it is known.
+    again = bench.run(Script([[replace(asked[2], number=0)], [replace(asked[1], number=1)]]))
+    assert scores(again) == [other, same]
+    assert (again.n_scored, again.n_reused, bench.n_scored) == (0, 2, 2)
+    assert not (bench.folder / "trials-1").exists()
+    assert not (bench.folder / "trials" / "trial-002").exists()
+
+    # Another one keeps what there was, and begins anew.
+    bench.run(Script([asked[:1]]), book=bench.book(identity="other"))
+    assert bench.n_scored == 3
+    assert (bench.folder / "trials-1" / "trial-001" / "trial.json").exists()
+
+
+def test_what_runs_ahead_changes_no_answer_and_is_used(bench: Bench) -> None:
+    wide, coarse = LayerChoice(precision="w8a16"), LayerChoice(granularity="tensor")
+    rounds = [
+        [bench.candidate(0)],
+        [bench.candidate(1, _0=wide), bench.candidate(2, _1=wide)],
+        [bench.candidate(3, all=coarse)],
+    ]
+    wrong = bench.candidate(9, all=LayerChoice(precision="int16"))
+    guesses = [[rounds[1][0], wrong], [], [rounds[2][0]]]
+    alone = Script(rounds, guesses)
+    few = bench.run(alone, book=bench.book("alone"), seconds=0.2)
+    both = Script(rounds, guesses)
+    many = bench.run(both, workers=2, book=bench.book("both"), seconds=0.2)
+    assert alone.told == both.told
+    assert scores(few) == scores(many)
+    assert few.n_scored == 4  # one worker is never idle within a round
+    assert both.guessed
+    assert many.n_reused >= 1
+    assert many.n_scored >= 4
+
+
+def test_limits_end_a_search_with_what_there_is(bench: Bench) -> None:
+    wide = LayerChoice(precision="w8a16")
+    asked = [[bench.candidate(0)], [bench.candidate(1, _0=wide), bench.candidate(2, _1=wide)]]
+    cut = bench.run(Script(asked), limits=Limits(max_trials=2))
+    assert (cut.stopped, len(cut.trials)) == ("trials", 2)
+    level = scores(cut)[0]
+    reached = bench.run(Script(asked), limits=Limits(target_score=level))
+    assert (reached.stopped, len(reached.trials)) == ("target", 1)
+    late = Script([[bench.candidate(0)], [bench.candidate(7, all=LayerChoice(precision="int16"))]])
+    over = bench.run(late, limits=Limits(time_s=3), seconds=60)
+    assert (over.stopped, len(over.trials)) == ("time", 1)
+    assert over.seconds < 30
+
+
+def test_ctrl_c_keeps_what_has_ended(bench: Bench) -> None:
+    asked = [[bench.candidate(n, **{f"_{n}": LayerChoice(precision="w8a16")}) for n in range(3)]]
+    seen: list[Trial] = []
+
+    def interrupt(trial: Trial) -> None:
+        seen.append(trial)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    stopped = bench.run(Script(asked), hooks=Hooks(on_trial=interrupt))
+    assert stopped.stopped == "interrupt"
+    assert stopped.trials == sorted(seen, key=lambda trial: trial.candidate.number)
+    n = bench.n_scored
+    assert len(bench.run(Script(asked)).trials) == 3
+    assert bench.n_scored <= max(n, 2) + 1
+
+
+def test_a_trial_whose_worker_dies_is_counted_once(bench: Bench) -> None:
+    wide = LayerChoice(precision="w8a16")
+    asked = [bench.candidate(0), bench.candidate(1, all=SAME), bench.candidate(2, all=wide)]
+    said: list[str] = []
+    outcome = bench.run(
+        Script([asked]), workers=2, seconds=0.2, dies=(1,), hooks=Hooks(on_message=said.append)
+    )
+    assert [trial.candidate.number for trial in outcome.trials] == [0, 1, 2]
+    assert None not in scores(outcome)
+    assert outcome.n_scored == 2
+    assert bench.n_scored == 3  # the one that died wrote its line first
+    assert any("is gone" in text for text in said)
+
+
+def test_trials_compare_their_layers_where_that_is_asked(bench: Bench) -> None:
+    asked = replace(bench.candidate(0), wants_layers=True)
+    plain = bench.candidate(1, _0=LayerChoice(precision="w8a16"))
+    first = bench.run(Script([[bench.candidate(0)], [asked, plain]]))
+    with_layers, without = first.trials
+    assert bench.n_scored == 2  # comparing scores nothing anew
+    assert without.layers == {}
+    setup = bench.setup
+    assert setup.layers is not None
+    projected = setup.target.project(bench.planner.plan(asked.choices))
+    rows = compare_layers(setup.frozen, projected, setup.layers.source, EXECUTION, n_samples=4)
+    assert with_layers.layers == {row.name: row.in_place for row in rows}
+    again = bench.run(Script([[asked]]))
+    assert again.trials[0].layers == with_layers.layers
