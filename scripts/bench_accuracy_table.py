@@ -23,6 +23,10 @@ def markdown(results: dict[str, Any]) -> str:
         "",
         *_against(models),
         "",
+        "### Methods: agreement / SQNR in dB, weights per channel",
+        "",
+        *_overview(models),
+        "",
         "### 16 bits",
         "",
         *_wide(models),
@@ -50,6 +54,24 @@ def _against(models: dict[str, Model]) -> Iterable[str]:
         ]
         for name, model in models.items()
         for entry in model["against_ort"]
+    ]
+    return _table(head, rows)
+
+
+def _overview(models: dict[str, Model]) -> Iterable[str]:
+    """One row for each method and symmetry, one column for each model."""
+    found: dict[tuple[str, str, bool], dict[str, str]] = {}
+    for name, model in models.items():
+        for row in model["rows"]:
+            if row["precision"] != "int8" or row["granularity"] != "channel":
+                continue
+            key = (row["tool"], row["method"], row["symmetric"])
+            values = "-" if "error" in row else f"{row['agreement']:.3f} / {row['sqnr_db']:.1f}"
+            found.setdefault(key, {})[name] = values
+    head = ["tool", "method", "activations", *models]
+    rows = [
+        [tool, method, SIGNS[symmetric], *(cells.get(name, "") for name in models)]
+        for (tool, method, symmetric), cells in sorted(found.items(), key=lambda e: e[0][2])
     ]
     return _table(head, rows)
 
