@@ -6,6 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from qdist.evaluate.early import Incumbent
+from qdist.evaluate.function import FunctionEvaluation
+from qdist.evaluate.report import EvalReport
+from qdist.evaluate.scorer import Evaluation
 from qdist.search.trial import Trial
 
 Stopped: TypeAlias = Literal["strategy", "trials", "target", "time", "interrupt"]
@@ -17,24 +21,29 @@ class Limits:
     """When a search ends, whatever its strategy. ``max_trials`` and ``target_score`` are looked at
     between rounds, so that they give the same answer with any number of workers; ``time_s``, from
     the moment the workers are ready, ends trials where they are. ``layers_of``: the name of what
-    layers are compared on; empty where none are."""
+    layers are compared on; empty where none are. ``incumbent_of``: what the trials of a round have
+    to beat or may stop early, from the best report of the rounds before; None: all run to their
+    end."""
 
     max_trials: int | None = None
     time_s: float | None = None
     target_score: float | None = None
     layers_of: str = ""
+    incumbent_of: Callable[[EvalReport], Incumbent | None] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """All trials that finished, by number, and why there are no more. ``n_scored``: plans that
-    workers scored now, those run ahead included; ``n_reused``: trials that needed no scoring.
+    workers scored now, those run ahead included; ``n_reused``: trials that needed no scoring;
+    ``n_ahead``: candidates that were run before they were asked for.
     ``driver_s``: seconds of the driver's own work, all trials together; ``seconds``: of all."""
 
     trials: list[Trial]
     stopped: Stopped
     n_scored: int
     n_reused: int
+    n_ahead: int
     driver_s: float
     seconds: float
 
@@ -45,3 +54,12 @@ class Hooks:
 
     on_trial: Callable[[Trial], None] | None = None
     on_message: Callable[[str], None] | None = None
+
+
+def incumbent_maker(
+    evaluation: Evaluation,
+) -> Callable[[EvalReport], Incumbent | None] | None:
+    """What makes incumbents of reports, where the evaluation gives scores of single samples."""
+    if isinstance(evaluation, FunctionEvaluation) and evaluation.sample_range is not None:
+        return evaluation.incumbent
+    return None

@@ -12,6 +12,7 @@ from qdist.data.source import DataSource
 from qdist.digest import digest_json
 from qdist.emit.qdq import emit_qdq
 from qdist.errors import QdistError
+from qdist.evaluate.early import Incumbent
 from qdist.evaluate.in_place import InPlace
 from qdist.evaluate.report import EvalReport
 from qdist.evaluate.scorer import Evaluation, Scorer
@@ -25,7 +26,7 @@ from qdist.plan.plan_settings import PlanSettings
 from qdist.plan.planner import Planner
 from qdist.plan.resolved import resolved_digest
 from qdist.plan.target import ProjectedPlan, Target
-from qdist.search.results import PlanResult
+from qdist.search.results import LOST_TO, PlanResult
 from qdist.search.trial import Candidate
 from qdist.stats.record import CalibrationRecord
 
@@ -33,7 +34,8 @@ from qdist.stats.record import CalibrationRecord
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialTask:
     """One plan to score, hashable so that it can travel. ``key``: of its choices; ``number``: of
-    the trial that first asked for it; ``plans``: below which every plan has its folder."""
+    the trial that first asked for it; ``plans``: below which every plan has its folder;
+    ``incumbent``: what it has to beat, where a trial that cannot may stop early."""
 
     key: str
     number: int
@@ -42,6 +44,7 @@ class TrialTask:
     wants_layers: bool
     plans: Path
     session: str
+    incumbent: Incumbent | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,16 +128,16 @@ class TrialWorker:
         except QdistError as error:
             return PlanResult(digest="", report=None, n_bytes=0, reason=str(error))
         folder = PlanFolder(path=task.plans / digest[:32], session=task.session)
-        found = folder.result()
+        found = _usable(folder.result(), task)
         if found is None:
             owner = folder.claimed_by(task.key)
             if owner != task.key:
                 return Twin(digest=digest, owner=owner)
             # Who held the claim may have finished in between.
-            found = folder.result()
+            found = _usable(folder.result(), task)
         if found is not None:
             return self._with_layers(task, projected, folder, replace(found, reused=True))
-        result = self._scored(projected, digest, folder, begin)
+        result = self._scored(projected, digest, folder, task.incumbent, begin)
         folder.save(result)
         return self._with_layers(task, projected, folder, result)
 
@@ -147,7 +150,12 @@ class TrialWorker:
         return self._setup.target.project(self._planner.plan(candidate.choices, candidate.why))
 
     def _scored(
-        self, projected: ProjectedPlan, digest: str, folder: PlanFolder, begin: float
+        self,
+        projected: ProjectedPlan,
+        digest: str,
+        folder: PlanFolder,
+        incumbent: Incumbent | None,
+        begin: float,
     ) -> PlanResult:
         """``begin``: when work on the plan began, by `time.perf_counter`."""
         details: dict[str, object] = {}
@@ -164,7 +172,7 @@ class TrialWorker:
                 "counts": dict(projected.plan.counts()),
                 "coverage": str(projected.plan.coverage()),
             }
-            report = self._score(artifact.path, details)
+            report = self._score(artifact.path, incumbent, details)
         except QdistError as error:
             reason = str(error)
             details["log"] = str(getattr(error, "log", ""))
@@ -172,14 +180,19 @@ class TrialWorker:
             digest=digest, report=report, n_bytes=n_bytes, reason=reason, details=details
         )
 
-    def _score(self, model: Path, details: dict[str, object]) -> EvalReport:
+    def _score(
+        self, model: Path, incumbent: Incumbent | None, details: dict[str, object]
+    ) -> EvalReport:
         if self._scorer is None:
             raise RuntimeError("run() before setup()")
         begin = time.perf_counter()
         try:
-            return self._scorer.score(model)
+            report = self._scorer.score(model, incumbent)
         finally:
             details["evaluation_s"] = time.perf_counter() - begin
+        if report.stopped_early and incumbent is not None:
+            details[LOST_TO] = incumbent.mean
+        return report
 
     def _with_layers(
         self, task: TrialTask, projected: ProjectedPlan, folder: PlanFolder, result: PlanResult
@@ -211,3 +224,8 @@ class TrialWorker:
                 n_samples=samples.n_samples,
             )
         return self._in_place.deviations(projected)
+
+
+def _usable(found: PlanResult | None, task: TrialTask) -> PlanResult | None:
+    """What is known of a plan, if it holds for the task."""
+    return found if found is not None and found.holds_against(task.incumbent) else None

@@ -16,14 +16,15 @@ from functools import partial
 from typing import TypeAlias
 
 from actors.events import Worker
-from actors.outcome import Hooks, Limits, Outcome, Stopped
+from actors.outcome import Hooks, Limits, Outcome, Stopped, incumbent_maker
 from actors.pool import Completed, Failed, Retried, WorkerLost, WorkerPool
 from actors.session import ClusterSpec, ray_session
 from actors.trial_book import TrialBook
 from actors.trial_worker import TrialSetup, TrialTask, TrialWorker, Twin
+from qdist.evaluate.early import Incumbent
 from qdist.search.ahead import Foresighted
 from qdist.search.results import PlanResult
-from qdist.search.trial import Candidate, Strategy, Trial
+from qdist.search.trial import Candidate, Strategy, Trial, best_of
 
 _Answer: TypeAlias = PlanResult | Twin
 
@@ -41,7 +42,9 @@ def tune(
     Raises QD801 to QD804; what is wrong with one candidate is the reason of its failed trial.
     """
     layers_of = "" if setup.layers is None else setup.layers.name
-    known = replace(limits or Limits(), layers_of=layers_of)
+    known = replace(
+        limits or Limits(), layers_of=layers_of, incumbent_of=incumbent_maker(setup.evaluation)
+    )
     return search(strategy, partial(TrialWorker, setup), cluster, book, known, hooks)
 
 
@@ -63,9 +66,11 @@ def search(
 
 @dataclass(slots=True)
 class _Round:
-    """``waiting``: candidates without a result, by number; ``finished``: trials, as they ended."""
+    """``waiting``: candidates without a result, by number; ``by_key`` the same by what they choose,
+    since keys cost time; ``finished``: trials, as they ended."""
 
     waiting: dict[int, Candidate]
+    by_key: dict[str, list[Candidate]] = field(default_factory=dict)
     finished: list[Trial] = field(default_factory=list)
 
 
@@ -87,11 +92,12 @@ class _Search:
         self._hooks = hooks
         self._trials: dict[int, Trial] = {}
         self._round = _Round({})
+        self._incumbent: Incumbent | None = None
         self._running: dict[str, Candidate] = {}
-        self._twins: dict[str, list[Candidate]] = {}
+        self._twins: dict[str, list[tuple[str, Candidate]]] = {}
         self._ahead: list[Candidate] = []
         self._ahead_of = -1
-        self._n_scored = self._n_reused = 0
+        self._n_scored = self._n_reused = self._n_ahead = 0
         self._begin = time.monotonic()
         self._waited_s = 0.0
 
@@ -109,6 +115,7 @@ class _Search:
             stopped=stopped,
             n_scored=self._n_scored,
             n_reused=self._n_reused,
+            n_ahead=self._n_ahead,
             driver_s=seconds - self._waited_s,
             seconds=seconds,
         )
@@ -124,9 +131,15 @@ class _Search:
             finished = sorted(self._round.finished, key=lambda trial: trial.candidate.number)
             self._strategy.tell(finished)
             self._trials.update((trial.candidate.number, trial) for trial in finished)
+            self._incumbent = self._to_beat()
             if any(self._is_reached(trial) for trial in finished):
                 return "target"
         return "trials"
+
+    def _to_beat(self) -> Incumbent | None:
+        """What the trials of the next round have to beat."""
+        best, maker = best_of(self._trials.values()), self._limits.incumbent_of
+        return None if maker is None or best is None or best.report is None else maker(best.report)
 
     def _n_left(self) -> int:
         most = self._limits.max_trials
@@ -161,27 +174,32 @@ class _Search:
 
     def _begin_trial(self, candidate: Candidate) -> None:
         """Finish the trial with what is known, or have it scored."""
-        known = self._book.by_key(candidate.key)
+        key = candidate.key
+        self._round.by_key.setdefault(key, []).append(candidate)
+        known = self._book.by_key(key)
         if known is not None and self._is_enough(known, candidate):
-            self._finish(candidate, replace(known, reused=True))
-        elif candidate.key not in self._running:
-            self._submit(candidate)
+            self._finish(key, candidate, replace(known, reused=True))
+        elif key not in self._running:
+            self._submit(key, candidate)
 
     def _is_enough(self, result: PlanResult, candidate: Candidate) -> bool:
+        if not result.holds_against(self._incumbent):
+            return False
         wanted = candidate.wants_layers and self._limits.layers_of and result.report is not None
         return not wanted or result.has_layers(self._limits.layers_of)
 
-    def _submit(self, candidate: Candidate) -> None:
-        self._running[candidate.key] = candidate
+    def _submit(self, key: str, candidate: Candidate) -> None:
+        self._running[key] = candidate
         self._pool.submit(
             TrialTask(
-                key=candidate.key,
+                key=key,
                 number=candidate.number,
                 choices=tuple(candidate.choices.items()),
                 changed=candidate.changed,
                 wants_layers=candidate.wants_layers,
                 plans=self._book.plans,
                 session=self._book.session,
+                incumbent=self._incumbent,
             )
         )
 
@@ -189,15 +207,17 @@ class _Search:
         tell = self._hooks.on_message or (lambda text: None)
         match event:
             case Completed(task=TrialTask() as task, result=Twin() as twin):
-                self._take_twin(self._running.pop(task.key), twin)
+                self._take_twin(task.key, self._running.pop(task.key), twin)
             case Completed(task=TrialTask() as task, result=PlanResult() as result):
                 self._n_scored += not result.reused
-                self._known(self._running.pop(task.key), result)
+                self._running.pop(task.key)
+                self._known(task.key, result)
             case Failed(task=TrialTask() as task, error=error):
                 # Of the other trials' results nothing is lost, whatever it was.
                 lost = PlanResult(digest="", report=None, n_bytes=0, reason=str(error))
                 self._release(task.key)
-                self._known(self._running.pop(task.key), lost)
+                self._running.pop(task.key)
+                self._known(task.key, lost)
             case Retried(task=TrialTask() as task, reason=reason):
                 tell(f"trial {task.number} is tried again: {reason}")
             case WorkerLost(worker=worker, reason=reason):
@@ -205,36 +225,34 @@ class _Search:
             case _:
                 pass
 
-    def _take_twin(self, candidate: Candidate, twin: Twin) -> None:
+    def _take_twin(self, key: str, candidate: Candidate, twin: Twin) -> None:
         """Wait for the task that scores the same plan, or score it after all if that has ended."""
         known = self._book.by_digest(twin.digest)
-        if known is not None:
-            self._known(candidate, replace(known, reused=True))
+        if known is not None and known.holds_against(self._incumbent):
+            self._known(key, replace(known, reused=True))
         elif twin.owner in self._running:
-            self._twins.setdefault(twin.owner, []).append(candidate)
+            self._twins.setdefault(twin.owner, []).append((key, candidate))
         else:
             self._book.plan_folder(twin.digest).release()
-            self._submit(candidate)
+            self._submit(key, candidate)
 
     def _release(self, owner: str) -> None:
         """Let those that wait for a task that was given up try themselves."""
-        for candidate in self._twins.pop(owner, []):
-            self._submit(candidate)
+        for key, candidate in self._twins.pop(owner, []):
+            self._submit(key, candidate)
 
-    def _known(self, candidate: Candidate, result: PlanResult) -> None:
+    def _known(self, key: str, result: PlanResult) -> None:
         """Pass a result on to all who wait for it: the round, and plans that come to the same."""
-        self._book.add(candidate.key, result)
-        for waiting in list(self._round.waiting.values()):
-            if waiting.key != candidate.key:
-                continue
+        self._book.add(key, result)
+        for waiting in list(self._round.by_key.get(key, ())):
             if self._is_enough(result, waiting):
-                self._finish(waiting, result)
-            else:
-                self._submit(waiting)
-        for twin in self._twins.pop(candidate.key, []):
+                self._finish(key, waiting, result)
+            elif key not in self._running:
+                self._submit(key, waiting)
+        for twin, _ in self._twins.pop(key, []):
             self._known(twin, replace(result, reused=True))
 
-    def _finish(self, candidate: Candidate, result: PlanResult) -> None:
+    def _finish(self, key: str, candidate: Candidate, result: PlanResult) -> None:
         trial = Trial(
             candidate=candidate,
             report=result.report,
@@ -244,6 +262,7 @@ class _Search:
             layers=result.layers if candidate.wants_layers else {},
         )
         del self._round.waiting[candidate.number]
+        self._round.by_key[key].remove(candidate)
         self._round.finished.append(trial)
         self._n_reused += result.reused
         self._book.finish(trial, result.digest)
@@ -251,14 +270,16 @@ class _Search:
             self._hooks.on_trial(trial)
 
     def _run_ahead(self) -> None:
-        """Give idle workers what may be asked for next."""
+        """Give idle workers what may be asked for next. Not where trials may stop early: what the
+        next round has to beat is not known yet, and where they stop is not to depend on timing."""
         strategy = self._strategy
-        if not isinstance(strategy, Foresighted):
+        if self._limits.incumbent_of is not None or not isinstance(strategy, Foresighted):
             return
-        while self._pool.n_idle and (candidate := self._next_ahead(strategy)) is not None:
-            self._submit(candidate)
+        while self._pool.n_idle and (found := self._next_ahead(strategy)) is not None:
+            self._submit(*found)
+            self._n_ahead += 1
 
-    def _next_ahead(self, strategy: Foresighted) -> Candidate | None:
+    def _next_ahead(self, strategy: Foresighted) -> tuple[str, Candidate] | None:
         n_finished = len(self._round.finished)
         if self._ahead_of != n_finished:
             self._ahead_of = n_finished
@@ -268,8 +289,9 @@ class _Search:
             self._ahead = _unlike(found[:n_left])
         while self._ahead:
             candidate = self._ahead.pop(0)
-            if candidate.key not in self._running and self._book.by_key(candidate.key) is None:
-                return candidate
+            key = candidate.key
+            if key not in self._running and self._book.by_key(key) is None:
+                return key, candidate
         return None
 
 

@@ -42,6 +42,14 @@ class SearchConfig(Group):
     activation_range_bits: list[int] = Field(
         [], description="so many of an activation's bits, beside all"
     )
+    end_to_end: Literal["relative", "kl"] | None = Field(
+        None,
+        description="measure what each group does to the model's outputs too: squared relative "
+        "error, or KL of logits; null: its own outputs alone",
+    )
+    pairs: int = Field(
+        0, ge=0, description="neighbouring groups to measure together, with search.end_to_end"
+    )
     together: Literal["none", "groups", "knight"] = Field(
         "groups",
         description="what changes together: concats, residual sums and Q/K/V, or by Knight's rules",

@@ -48,6 +48,16 @@ class Incumbent:
                 mend="correct evaluation.sample_range or evaluation.stop_risk",
             )
 
+    @property
+    def mean(self) -> float:
+        """Mean of the scores."""
+        return math.fsum(self.scores) / max(1, len(self.scores))
+
+    def is_no_worse_than(self, mean: float) -> bool:
+        """Whether what has lost against scores of that mean has lost against these too."""
+        sign = 1.0 if self.higher_is_better else -1.0
+        return sign * self.mean >= sign * mean
+
 
 class Race:
     """One trial against an incumbent. Sample by sample; one thread."""

@@ -100,16 +100,18 @@ def sensitivities(
     n_samples: int | None = None,
     budget_bytes: int = DEFAULT_BUDGET_BYTES,
     kept: Kept | None = None,
+    graph: Graph | None = None,
 ) -> tuple[dict[str, Deviation], ...]:
     """For each plan: layer -> deviation when it alone is quantized as there, reading the float
     model's activations.
 
     ``n_samples``: the first so many of ``source``. ``budget_bytes``: for the weights of twins that
     are there at a time; the float model, and one layer with all its twins, are held in any case.
+    ``graph``: of ``frozen``, where there is one already.
     Raises `DataError`, QD205, QD206.
     """
     totals = dict(kept.known()) if kept is not None else {}
-    about = _about(frozen)
+    about = _about(graph or Graph(frozen))
     for keys in _parts(frozen, plans, totals, budget_bytes):
         found = _measured(frozen, plans, keys, about, source, execution, batch, n_samples)
         totals |= found
@@ -214,8 +216,7 @@ def _measured(
     return {key: sums[i] for i, key in enumerate(twins.keys)}
 
 
-def _about(frozen: FrozenModel) -> _About:
-    graph = Graph(frozen)
+def _about(graph: Graph) -> _About:
     names = (name for node in graph.proto.graph.node for name in node.output if name)
     types = ((name, graph.type_of(name)) for name in names)
     scalars = frozenset(name for name, kind in types if kind is not None and kind.shape == ())

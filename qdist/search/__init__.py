@@ -4,6 +4,7 @@
 ``results``  what is kept of a plan that was scored; ``ahead`` what may be asked for next.
 ``problem``  what a strategy is given; ``settings`` what the user says; ``building`` makes one.
 ``space``   what a layer may become; ``costs`` what that costs; ``latency`` a user's table.
+``probing``  which groups to measure at the model's outputs.
 ``front``   the Pareto front of verified trials.
 ``pareto``  the default strategy: probe, solve, verify, correct. ``candidates`` are its groups,
             ``knapsack`` and ``lagrange`` solve for a budget and for many, ``correction`` learns.

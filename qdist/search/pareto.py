@@ -180,7 +180,8 @@ class Pareto:
                 self._greedy = None
                 break
             new = [
-                self._candidate(f"greedy: {asked.label}", asked.choices, None)
+                # Its numbers of trials are its own.
+                self._candidate(f"greedy: {asked.label.split(' + ')[-1]}", asked.choices, None)
                 for asked in self._greedy_asked
                 if asked.key not in self._numbers
             ]

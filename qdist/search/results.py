@@ -6,8 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from qdist.evaluate.early import Incumbent
 from qdist.evaluate.report import EvalReport
 from qdist.evaluate.sums import Deviation
+
+LOST_TO = "lost_to"
+"""Among the details of a trial that was stopped early: mean score of what it had to beat."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +54,18 @@ class PlanResult:
             details=dict(value["details"]),
             layers={name: Deviation.from_json(d) for name, d in value["layers"].items()},
             layers_of=str(value["layers_of"]),
+        )
+
+    def holds_against(self, incumbent: Incumbent | None) -> bool:
+        """Whether the score stands for a trial that has this to beat: that of a plan that was
+        scored to its end does, one stopped early only where it would be stopped now too."""
+        if self.report is None or not self.report.stopped_early:
+            return True
+        lost_to = self.details.get(LOST_TO)
+        return (
+            incumbent is not None
+            and isinstance(lost_to, int | float)
+            and incumbent.is_no_worse_than(float(lost_to))
         )
 
     def has_layers(self, layers_of: str) -> bool:

@@ -32,7 +32,6 @@ from qdist.model.graph import attribute
 from qdist.numbers.cuts import (
     BIAS_FACTOR,
     matrix_cuts,
-    shared_scale,
     vector_cuts,
     vector_grid,
 )
@@ -49,6 +48,7 @@ from qdist.simulate.assemble import (
     results_of,
     round_results,
 )
+from qdist.simulate.cut_numbers import folded_weight, norm_numbers
 from qdist.simulate.pairs import Pairs
 from qdist.simulate.rows import (
     LONGEST_ROW,
@@ -167,6 +167,8 @@ class _Builder:
             self._layer_norm(node, layer, wires, target)
         elif node.op_type in FUNCTIONS:
             self._function(node, layer, wires, target)
+        elif self._is_folded(node, layer):
+            self._folded(node, layer, wires, target)
         elif node.op_type in _SUMS:
             self._sum(node, layer, wires, target)
         else:
@@ -184,6 +186,9 @@ class _Builder:
             return "an input stays float"
         if any(q.is_float for q in entries.values()):
             return "its numbers are floating-point"
+        if self._is_folded(node, layer):
+            known = all(name in self._pairs.weights for name in self._bias_names(node))
+            return None if known else "its bias is computed"
         if any(e.quantizer.is_dynamic or e.quantizer.axis is not None for e in layer.activations):
             return "an activation has several scales"
         if any(q.blocks is not None for q in entries.values()):
@@ -195,6 +200,18 @@ class _Builder:
         if not all(name in self._pairs.weights for name in self._bias_names(node)):
             return "its bias is computed"
         return None
+
+    def _is_folded(self, node: NodeProto, layer: LayerPlan) -> bool:
+        """Whether the ratios of a convolution's input, one for each channel, go into its weight, as
+        Icraft normalizes."""
+        if not self._is_cut or node.op_type != "Conv" or attribute(node, "group", 1) != 1:
+            return False
+        if not len(layer.activations) == len(layer.weights) == len(layer.outputs) == 1:
+            return False
+        source, weight = layer.activations[0].quantizer, layer.weights[0].quantizer
+        is_plain = weight.blocks is None and weight.axis in (None, 0) and not weight.is_float
+        is_stored = layer.outputs[0].quantizer.axis is None and layer.name not in self._apart
+        return source.axis == 1 and not any(source.zero_points) and is_plain and is_stored
 
     def _no_table(self, node: NodeProto, layer: LayerPlan) -> str | None:
         """Why the layer is not looked up in a table."""
@@ -382,7 +399,45 @@ class _Builder:
             split = vector_cuts if node.op_type == "Mul" else matrix_cuts
             found = split([float(s) for s in normalized.ravel()], bits)
             values, shift = np.array([s.value for s in found.scales]), found.shift
-        second = values.reshape(normalized.shape) * 2.0**shift
+        self._finish_cut(
+            node, wires, (total, target), values.reshape(normalized.shape), shift, layer
+        )
+
+    def _folded(self, node: NodeProto, layer: LayerPlan, wires: Wires, target: str) -> None:
+        """A convolution whose input has a ratio for every channel: these are multiplied into the
+        weight, which then gets its own scales."""
+        self._schemes[layer.name] = "cuts"
+        (entry,), (source,) = layer.weights, layer.activations
+        whole, values, shift = folded_weight(
+            self._pairs.weights.read(entry.tensor), layer, source.quantizer, entry.quantizer
+        )
+        n_spatial = whole.ndim - 2
+        scales = np.asarray(source.quantizer.scales, np.float32).reshape(-1, *[1] * n_spatial)
+        ratio = wires.add("Div", node.input[0], wires.constant(scales, np.float32))
+        x = wires.rounded(wires.wide(ratio), self._target.rounding)
+        x = wires.clipped(x, source.quantizer.low, source.quantizer.high)
+        ranges = max(-source.quantizer.low, source.quantizer.high), entry.quantizer.high
+        attributes = {a.name: attribute(node, a.name) for a in node.attribute}
+        weight = wires.constant(whole, np.float32)
+        n_summed = int(np.prod(whole.shape[1:]))
+        total = wires.convolution("Conv", x, weight, n_summed, ranges, **attributes)
+        values = values.reshape(-1, *[1] * n_spatial) if values.size > 1 else values.reshape(())
+        self._finish_cut(node, wires, (total, target), values, shift, layer)
+
+    def _finish_cut(
+        self,
+        node: NodeProto,
+        wires: Wires,
+        names: tuple[str, str],
+        values: NDArray[np.float64],
+        shift: int,
+        layer: LayerPlan,
+    ) -> None:
+        """First cut, bias, multiplication and shift. ``values``: of the scales, shaped to broadcast
+        with the accumulators."""
+        total, target = names
+        bits, output = layer.activations[0].quantizer.bits, layer.outputs[0].quantizer
+        second = values * 2.0**shift
         first = wires.add("Mul", total, wires.constant(2.0**-shift))
         total = wires.rounded(first, "half_away")
         for bias in self._biases_in(node, second * output.scales[0], BIAS_FACTOR * bits):
@@ -472,24 +527,6 @@ class _Builder:
         total = wires.add(node.op_type, *terms)
         whole = wires.requantized(total, multiplier, output, rounding)
         wires.stored(whole, output, target)
-
-
-def norm_numbers(
-    weight: NDArray[np.float64], bias: NDArray[np.float64], bits: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Whole weights and biases of a batch normalization, and the scale that both share, for each
-    channel. ``weight`` and ``bias`` are normalized. The scale is the weight's, where that is not
-    nearly zero, else the bias's, else 1. Biases may be beyond what their bits hold.
-    """
-    high, grid = (1 << (bits - 1)) - 1, vector_grid(bits)
-    least = 2.0**-grid.n_high
-    wanted = [
-        shared_scale(w, b, bits) if w >= least / 2 or b else 1.0
-        for w, b in zip(np.abs(weight) / high, np.abs(bias), strict=True)
-    ]
-    scales = np.array([grid.snap(float(scale)).value for scale in wanted])
-    whole = np.clip(round_integer(weight / scales, "half_away"), -high, high)
-    return whole, round_integer(bias / scales, "half_away"), scales
 
 
 def _product_scales(node: NodeProto, layer: LayerPlan) -> NDArray[np.float64]:

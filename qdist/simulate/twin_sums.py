@@ -51,11 +51,16 @@ TOTALS = "qdist.totals"
 def twin_key(layer: LayerPlan) -> str:
     """Hex SHA-256 of all that decides what a layer's twin computes, but for the model."""
     rounded = layer.outputs if layer.choice.bits.rounds is not None else ()
-    parts = [
-        [(entry.index, entry.tensor, entry.quantizer.key) for entry in entries]
-        for entries in (layer.activations, layer.weights, rounded)
-    ]
-    return digest_bytes(layer.name.encode(), repr(parts).encode())
+    parts = [layer.name.encode()]
+    for entries in (layer.activations, layer.weights, rounded):
+        parts.append(str(len(entries)).encode())
+        for entry in entries:
+            *kind, scales, zeros, axis, blocks = entry.quantizer.key
+            parts.append(repr((entry.index, entry.tensor, kind, axis, blocks)).encode())
+            # As text, thousands of scales would take longer than the layer.
+            parts.append(np.asarray(scales, np.float64).tobytes())
+            parts.append(np.asarray(zeros, np.int64).tobytes())
+    return digest_bytes(*parts)
 
 
 def twin_sums(

@@ -56,7 +56,8 @@ class Job:
         folder.mkdir(exist_ok=True)
         (folder / "score.py").write_text(SCORE)
         self.words = (
-            *("tune", "model=digits_cnn", "data=digits", "data.calibration.limit=8"),
+            *("tune", "search=greedy", "model=digits_cnn", "data=digits"),
+            "data.calibration.limit=8",
             *("evaluation=function", f"evaluation.target={folder / 'score.py'}:score"),
             f"evaluation.arguments={{folder: '{folder}'}}",
             *(f"search.max_trials={N_TRIALS}", "search.saturations=[max,kl,percentile]"),

@@ -6,18 +6,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from qdist.emit.qdq import emit_qdq
+from qdist.emit.writer import write_model
 from qdist.model.freeze import FrozenModel
 from qdist.model.session import run, scoring_session
+from qdist.numbers.rounding import round_integer
 from qdist.plan.choice import LayerChoice
 from qdist.plan.plan import QuantizationPlan
 from qdist.plan.planner import Planner, PlanSettings
 from qdist.plan.quantizer import Quantizer
 from qdist.plan.rules import Rule, apply_rules
 from qdist.plan.target import ProjectedPlan, Target
+from qdist.simulate.cut_numbers import folded_weight
 from qdist.simulate.integers import integer_graph
+from qdist.simulate.reference import cut_product, fixed_point
 from tests.onnx_models import (
     EXECUTION,
     HeldSamples,
@@ -174,4 +179,39 @@ def test_both_modes_move_values_without_changing_them(
         assert np.abs(outs[0].applied(one) - other).max() <= 3 * outs[0].scales[0]
     reasons = integer_graph(frozen, projected).in_float
     several = {n for n, why in reasons.items() if why == "an activation has several scales"}
-    assert several == ({"after", "half"} if chip is ICRAFT else set())
+    assert several == set()
+
+
+def test_ratios_of_channels_go_into_the_weight(
+    made: tuple[FrozenModel, Planner], plan: QuantizationPlan, tmp_path: Path
+) -> None:
+    """A convolution after a Concat, against whole numbers in NumPy."""
+    frozen, _ = made
+    projected = ICRAFT.project(plan)
+    layer = next(la for la in projected.plan.layers if la.name == "after")
+    source, numbers, result = (
+        e.quantizer for e in (layer.activations[0], layer.weights[0], layer.outputs[0])
+    )
+    assert source.axis == 1
+    assert len(set(source.scales)) == 2
+    weight = frozen.weights().read("w3")
+    whole, values, shift = folded_weight(weight, layer, source, numbers)
+    normalized = weight * np.asarray(source.scales).reshape(-1, 1, 1) / result.scales[0]
+    scales = values.reshape(-1, 1, 1, 1)
+    assert np.abs(whole * scales - normalized).max() <= scales.max() * 1.01
+    proto = frozen.proto()
+    graph = integer_graph(frozen, projected).graph
+    assert proto is not graph.proto
+    graph.proto.graph.output.append(onnx.ValueInfoProto(name="c1"))
+    written = write_model(graph, tmp_path / "seen.onnx")
+    x = normal(1, 3, 8, 8, seed=50)
+    y1, seen = run(scoring_session(written.path, EXECUTION), ["y1", "c1"], {"x": x})
+    ratio = seen / np.asarray(source.scales, np.float32).reshape(-1, 1, 1)
+    integers = round_integer(ratio.astype(np.float64), "half_away")
+    integers = np.clip(integers, source.low, source.high).astype(np.int64)
+    total = np.einsum("oc,nchw->nohw", whole[:, :, 0, 0].astype(np.int64), integers)
+    m, n = fixed_point(values.astype(np.float32))
+    shape = (-1, 1, 1) if values.size > 1 else ()
+    cuts = (m.reshape(shape), n.reshape(shape), shift)
+    stored = cut_product(total, None, cuts, (result.low, result.high))
+    assert np.array_equal(y1, result.dequantize(stored.astype(np.int32)))
