@@ -134,15 +134,17 @@ class MixConfig(Group):
     """Mixed precision without a search."""
 
     strategy: str | list[str] = Field(
-        description="initial, io_high, hawq, cosine, variance, lstm, some of them, or Icraft's "
-        "defaults: buyi, zhuge"
+        description="initial, io_high, hawq, cosine, end_to_end, variance, lstm, some of them, or "
+        "Icraft's defaults: buyi, zhuge"
     )
     high: str = Field("auto", description="precision to raise layers to; auto: the next one up")
     low_share: float | None = Field(
         None, ge=0, le=1, description="share of the layers that are not raised"
     )
     threshold: float | None = Field(
-        None, description="raise below this cosine, or variance; null: the strategy's own"
+        None,
+        description="raise below this cosine, or variance, or above this share of the outputs' "
+        "energy (end_to_end); null: the strategy's own",
     )
     high_saturation: str | None = Field(
         None, description="threshold method of raised layers; null: theirs"
@@ -152,7 +154,9 @@ class MixConfig(Group):
         description="raise what must agree too: concats, residual sums and Q/K/V, or by Knight's "
         "rules",
     )
-    samples: int = Field(32, ge=1, description="samples of hawq and cosine, which run the model")
+    samples: int = Field(
+        32, ge=1, description="samples of hawq, cosine and end_to_end, which run the model"
+    )
     batch: int = Field(8, ge=1, description="samples per run")
     probes: int = Field(4, ge=1, description="random directions per weight, for hawq")
 
@@ -182,7 +186,7 @@ class QuantizationConfig(Group):
         None, description="use so many of an activation's bits"
     )
     saturation: str = Field(
-        "mse",
+        "auto",
         description=f"range of activations: {', '.join(METHODS)}, or a vendor's name; parameters "
         "may follow, percentile:99.9",
     )

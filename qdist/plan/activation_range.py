@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from qdist.model.layers import Layer
 from qdist.model.taps import TapTable
 from qdist.numbers.dtype import FloatType
 from qdist.plan.consumers import consumers_of
+from qdist.plan.destinations import Destinations
 from qdist.plan.plan_settings import PlanSettings
 from qdist.plan.precision import activation_levels
 from qdist.plan.range_rule import FIXED, RangeRule
@@ -23,6 +25,7 @@ from qdist.stats.record import CalibrationRecord
 from qdist.threshold.blocks import mean_threshold
 from qdist.threshold.clip import Levels, Threshold
 from qdist.threshold.consumer import Consumer
+from qdist.threshold.error import measured
 from qdist.threshold.float_error import FLOAT_METHODS, float_threshold, measured_float
 from qdist.threshold.pinning import Pinning, pinning
 from qdist.threshold.registry import applicable, find_threshold, resolve
@@ -53,6 +56,7 @@ class ActivationRanges:
         self._settings = settings
         self._consumers: dict[str, tuple[Consumer, ...]] = {}
         self._digests: dict[str, str] = {}
+        self._destinations = Destinations(graph, taps)
         self._pinnings: dict[tuple[str, str], Pinning] = {}
 
     @property
@@ -158,8 +162,30 @@ class ActivationRanges:
         pinned = pinning(body, levels, rule.method, parameters)
         if pinned is not None:
             self._pinnings[row, name] = pinned
-        readers = self._readers(row) if name == "auto" else ()
-        return find_threshold(body, levels, rule.method, parameters, readers)
+        if name != "auto" or "threshold" in parameters:
+            return find_threshold(body, levels, rule.method, parameters)
+        return self._for_readers(row, body, levels, parameters)
+
+    def _for_readers(
+        self, row: str, body: Density, levels: Levels, parameters: Mapping[str, Any]
+    ) -> Threshold:
+        """The range that serves the layers best which read the row, or what it is handed on to."""
+        deciding = self._destinations.row(row)
+        values: Density | str = body
+        if deciding != row and deciding in self.record:
+            values = self.body(deciding)
+        if isinstance(values, str):
+            deciding, values = row, body
+        found = find_threshold(values, levels, "auto", parameters, self._readers(deciding))
+        low, high, note = found.low, found.high, found.note
+        if deciding != row:
+            note = f"the range of {deciding}, which holds these values: {note}"
+        is_free = "th_scale" not in parameters
+        if is_free and self._destinations.holds_scores(row) and values.maximum > high:
+            high, note = values.maximum, f"{note}; scores of a Softmax keep their top"
+        if deciding == row and high == found.high:
+            return found
+        return measured(body, low, high, levels, method=found.method, note=note)
 
     def _readers(self, row: str) -> tuple[Consumer, ...]:
         """The layers that read a row, in scope or not: what they compute suffers all the same."""

@@ -4,6 +4,10 @@ Known are matmuls, fully connected layers and convolutions: with a constant on t
 squared entries per input channel; with an activation there, its mean square, which is the same for
 all channels. Their outputs' mean squares come from the record. Everything else passes errors on as
 they are or has no weights to tell, and counts as unknown.
+
+An output channel counts by its own range, where that was measured: what reads it can scale it by
+anything (a normalization does; so does the next layer, with the inverse in its weights), so an
+error means something as a share of its channel, however small the channel's values are.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 from onnx import NodeProto
 
 from qdist.model.graph import Graph, attribute
@@ -66,7 +71,7 @@ class _Reader:
         weight = self.graph.weights.read(name).astype(np.float32, copy=False)
         is_conv = self.layer.op_type == "Conv"
         groups = int(attribute(self.node, "group", 1)) if is_conv else 1
-        if weight.ndim < 2 or (is_conv and other != 1):
+        if weight.ndim < 2 or not weight.size or (is_conv and other != 1):
             return None
         if is_conv:
             input_axis, output_axis = 1, 0
@@ -76,14 +81,33 @@ class _Reader:
             # The right operand has its inputs in the rows, the left one in the columns.
             rows_are_inputs = (other == 1) != turned
             input_axis, output_axis = (-2, -1) if rows_are_inputs else (-1, -2)
+        # Outputs of a left operand do not lie along the axis whose channels are measured.
+        widths = self._output_widths(weight.shape[output_axis]) if other == 1 else None
+        square = self._output_square()
+        if widths is not None:
+            shape = [1] * weight.ndim
+            shape[output_axis] = -1
+            weight = (weight / widths.reshape(shape)).astype(np.float32)
+            square = None if square is None else square / float(np.mean(widths**2))
         return Consumer.of_weight(
             self.layer.name,
             weight,
             input_axis,
             output_axis,
             groups=groups,
-            output_square=self._output_square(),
+            output_square=square,
         )
+
+    def _output_widths(self, n: int) -> NDArray[np.float64] | None:
+        """How wide the range of each of ``n`` output channels is, float64[n] > 0; None where it is
+        not known. A channel that is always the same has the width of the widest."""
+        row = self.taps.row_of(self.layer.outputs[0])
+        channels = self.record.channels(row) if row in self.record else None
+        if channels is None or channels.minimum.size != n:
+            return None
+        widths = channels.maximum.astype(np.float64) - channels.minimum
+        known = np.isfinite(widths) & (widths > 0)
+        return np.where(known, widths, widths[known].max()) if known.any() else None
 
     def _of_activation(self, index: int) -> Consumer | None:
         """A product of two activations: what the other one weighs, as often as an output sums."""

@@ -114,6 +114,7 @@ def _auto_notes(
         for layer in layers
         if resolve(layer.choice.saturation)[0] == "auto"
         for entry in layer.activations
+        if entry.quantizer.method != FIXED
     }
     if not chosen:
         return []

@@ -9,5 +9,6 @@
 ``rows``      Softmax and LayerNormalization from such tables.
 ``reference`` one layer in whole numbers, in NumPy: what ``integers`` is checked against.
 ``twins``     every quantized layer beside its float self, fed by float activations.
+``switched``  a graph in which every layer can be quantized or not, by a switch.
 ``twin_sums`` twins of several plans at once, of which only sums leave the graph.
 """

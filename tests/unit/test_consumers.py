@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from onnx import helper
 
 from qdist.plan.consumers import consumers_of
 from qdist.plan.planner import Planner
 from qdist.threshold.consumer import Consumer
-from tests.onnx_models import HeldSamples, frozen_from, model, normal, planner_for, value
+from tests.onnx_models import Array, HeldSamples, frozen_from, model, normal, planner_for, value
 
 LEFT = normal(5, 4, seed=1)
 RIGHT = normal(6, 3, seed=2)
@@ -50,14 +51,24 @@ def readers(planner: Planner, row: str) -> dict[str, Consumer]:
     return {each.name: each for each in found}
 
 
+def widths(planner: Planner, tensor: str) -> Array:
+    """How wide the range of each channel of an output is."""
+    channels = planner.record.channels(tensor)
+    assert channels is not None
+    return channels.maximum.astype(np.float64) - channels.minimum
+
+
 def test_matmuls_weigh_inputs_from_either_side(planner: Planner) -> None:
     found = readers(planner, "r")
     assert found.keys() >= {"from the right", "from the left"}
     right, left = found["from the right"], found["from the left"]
-    assert right.gains == pytest.approx((RIGHT**2).mean(axis=1), rel=1e-6)
+    # Each output by its own range; those of the left operand lie along no channels.
+    scaled = RIGHT / widths(planner, "a")
+    assert right.gains == pytest.approx((scaled**2).mean(axis=1), rel=1e-6)
     assert left.gains == pytest.approx((LEFT**2).mean(axis=0), rel=1e-6)
-    assert right.mean_gain == pytest.approx((RIGHT.sum(axis=0) ** 2).mean(), rel=1e-6)
+    assert right.mean_gain == pytest.approx((scaled.sum(axis=0) ** 2).mean(), rel=1e-6)
     output = planner._record.histogram("a").finite.second_moment
+    output /= float((widths(planner, "a") ** 2).mean())
     assert right.output_square == pytest.approx(output)
     # The last axis of r has six channels, as the right one has inputs; the left one has four.
     channels = planner._record.channels("r")
@@ -74,15 +85,18 @@ def test_a_product_of_activations_weighs_by_the_other(planner: Planner) -> None:
 
 def test_a_turned_weight_and_a_bias(planner: Planner) -> None:
     found = readers(planner, "w")["gemm"]
-    assert found.gains == pytest.approx((TURNED**2).mean(axis=0), rel=1e-6)
+    wide = widths(planner, "g")
+    assert found.gains == pytest.approx(((TURNED.T / wide) ** 2).mean(axis=1), rel=1e-6)
     output = planner._record.histogram("g").finite.second_moment
-    assert found.output_square == pytest.approx(output - float((BIAS**2).mean()), rel=1e-4)
+    square = (output - float((BIAS**2).mean())) / float((wide**2).mean())
+    assert found.output_square == pytest.approx(square, rel=1e-4)
 
 
 def test_a_grouped_convolution_has_all_channels(planner: Planner) -> None:
     found = readers(planner, "d")["conv"]
     assert found.gains.size == 4
-    assert found.gain() == pytest.approx(float((KERNEL**2).sum()) / 8, rel=1e-6)
+    scaled = KERNEL / widths(planner, "e").reshape(-1, 1, 1, 1)
+    assert found.gain() == pytest.approx(float((scaled**2).sum()) / 8, rel=1e-6)
     assert found.maximum is not None
 
 

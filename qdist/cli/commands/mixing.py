@@ -16,12 +16,14 @@ from qdist.plan.dialects.knight_rules import closure
 from qdist.plan.plan import QuantizationPlan
 from qdist.plan.target import Target
 from qdist.search.pickers.cosine import cosine
+from qdist.search.pickers.end_to_end import end_to_end, output_errors
 from qdist.search.pickers.hawq import Probes, hawq, traces
 from qdist.search.pickers.picking import Picked, PickSettings, closed, raised_choices
 from qdist.search.pickers.positions import initial, io_high
 from qdist.search.pickers.recurrent import lstm
 from qdist.search.pickers.strategies import Mix, find_mix, joined
 from qdist.search.pickers.variance import variance
+from qdist.simulate.twins import only
 
 
 def mix_of(config: schema.QuantizationConfig) -> tuple[Mix, PickSettings] | None:
@@ -79,6 +81,8 @@ def mixed(
     for name in mix.strategies:
         if name == "cosine" and source is not None:
             picks.append(_by_cosine(context, chosen, config.mix, settings, target, source))
+        elif name == "end_to_end" and source is not None:
+            picks.append(_by_outputs(context, chosen, free, config.mix, settings, target, source))
         elif name == "hawq" and source is not None:
             picks.append(_by_curvature(context, chosen, low, config.mix, settings, source))
         else:
@@ -138,6 +142,29 @@ def _by_cosine(
         )
     free = {n: d for n, d in deviations.items() if n not in chosen.why}
     return cosine(free, settings)
+
+
+def _by_outputs(
+    context: Context[Any],
+    chosen: Chosen,
+    free: list[str],
+    mix: schema.MixConfig,
+    settings: PickSettings,
+    target: Target,
+    source: DataSource,
+) -> Picked:
+    planner = chosen.planner
+    projected = target.project(planner.plan(chosen.choices))
+    with context.working("measuring what each layer alone does to the outputs"):
+        errors = output_errors(
+            planner.graph.model,
+            only(projected, set(free)),
+            source,
+            context.execution,
+            batch=mix.batch,
+            n_samples=mix.samples,
+        )
+    return end_to_end(errors, settings)
 
 
 def _by_curvature(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from qdist.calibration.blockwise import block_records
@@ -15,6 +17,7 @@ from qdist.errors import ArtifactError, ConfigError
 from qdist.files import write_text
 from qdist.model.freeze import FrozenModel
 from qdist.model.graph import Graph
+from qdist.plan.choice import LayerChoice
 from qdist.plan.dialects.forms import TEMPLATES, unknown_form, write_into
 from qdist.plan.dialects.reading import Before
 from qdist.plan.layer_index import find_index
@@ -141,7 +144,9 @@ def _write_template(context: Context[QuantizeSettings], name: str, target: Targe
         # Choices alone need no statistics.
         index = find_index(Graph(frozen, context.execution), settings.quantization.scope)
         assignment, _, notes = steps.apply_all_rules(index, settings.quantization)
-        before = Before(index=index, choices=assignment.choices)
+        choices, said = _worded(assignment.choices)
+        notes = [*notes, *said]
+        before = Before(index=index, choices=choices)
         if given is None:
             text = form.template(before)
         else:
@@ -151,7 +156,9 @@ def _write_template(context: Context[QuantizeSettings], name: str, target: Targe
         planner, _ = _planner(context, frozen)
         chosen = _chosen(context, planner, target)
         notes = list(chosen.notes)
-        before = Before(index=planner.index, choices=chosen.choices)
+        choices, said = _worded(chosen.choices)
+        notes += said
+        before = Before(index=planner.index, choices=choices)
         if given is not None:
             plan = chosen.planner.plan(chosen.choices, chosen.why)
             text, more = write_into(domain.absolute(given), name, before, plan)
@@ -171,6 +178,19 @@ def _write_template(context: Context[QuantizeSettings], name: str, target: Targe
     context.notes(notes)
     # What is to be copied stands below the table, where nothing wraps it.
     context.say(f"when edited: qdist quantize ... quantization.rules_file={path}")
+
+
+def _worded(choices: Mapping[str, LayerChoice]) -> tuple[dict[str, LayerChoice], list[str]]:
+    """The choices as vendors have words for them, and a note: none has one for ``auto``, which goes
+    by what only qdist's statistics tell, so ``mse`` stands there, the first that it considers."""
+    changed = {
+        name: replace(choice, saturation="mse")
+        for name, choice in choices.items()
+        if choice.saturation.lower() == "auto"
+    }
+    n = f"{len(changed)} layer{'s' if len(changed) > 1 else ''}"
+    note = f"no vendor has a word for the threshold method auto: mse is written for {n}"
+    return {**choices, **changed}, [note] if changed else []
 
 
 def _keep_edits(path: Path, text: str) -> Path:

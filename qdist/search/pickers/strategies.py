@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from qdist.errors import ConfigError
 from qdist.search.pickers.picking import Picked
 
-PICKERS = ("initial", "io_high", "hawq", "cosine", "variance", "lstm")
-RUNS_MODEL = frozenset({"hawq", "cosine"})
+PICKERS = ("initial", "io_high", "hawq", "cosine", "end_to_end", "variance", "lstm")
+RUNS_MODEL = frozenset({"hawq", "cosine", "end_to_end"})
 """Pickers that run the model on samples; the others read the graph and stored statistics."""
 
 ICRAFT_DEFAULTS: dict[str, tuple[str, ...]] = {

@@ -1,0 +1,257 @@
+"""The models whose accuracy is measured, and the samples that calibrate and score them.
+
+Two lie in the package; the others are real ones out of a folder that may be absent. What calibrates
+a model never scores it. All samples of a model have one shape, since the histogram calibrators of
+ONNX Runtime fail on others.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from qdist.data.arrays import ArraySource
+from qdist.data.images import ImageSource
+from qdist.data.preprocess import Preprocess
+from qdist.data.source import DataSource
+from qdist.data.subset import Limited
+from qdist.data.text import TextSource
+
+DEMO = Path(__file__).resolve().parents[1] / "qdist" / "demo"
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
+IMAGENET: Normalization = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CIFAR10: Normalization = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+KWS_STEP, KWS_ZERO = 0.5847029, 83.0
+LENGTH = 256
+"""Tokens of a chunk of text."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccuracyCase:
+    """A model with its data. ``metric``: of the score; ``batch``: samples a run when scoring;
+    ``loss_of_a_point``: by how much the score gets worse with what counts as one point."""
+
+    name: str
+    model: Path
+    calibration: DataSource
+    evaluation: DataSource
+    metric: str
+    batch: int = 32
+    micro_batch: int = 4
+    loss_of_a_point: float = 0.01
+
+    def shortened(self, n_calibration: int, n_evaluation: int) -> AccuracyCase:
+        """The same model with the first samples of both sets alone."""
+        return replace(
+            self,
+            calibration=Limited(source=self.calibration, max_samples=n_calibration),
+            evaluation=Limited(source=self.evaluation, max_samples=n_evaluation),
+        )
+
+
+def _digits(name: str) -> AccuracyCase:
+    preprocess = Preprocess(scale=0.0625, mean=(0.3,), std=(0.37,))
+    path = DEMO / "digits.npz"
+    return AccuracyCase(
+        name=name,
+        model=DEMO / f"{name}.onnx",
+        calibration=ArraySource(
+            path=path, inputs={"images": "calibration_images"}, preprocess=preprocess
+        ),
+        evaluation=ArraySource(
+            path=path,
+            inputs={"images": "test_images"},
+            labels="test_labels",
+            preprocess=preprocess,
+        ),
+        metric="top1",
+    )
+
+
+def _squeezenet(assets: Path, folder: Path) -> AccuracyCase:
+    mean, std = IMAGENET
+    images = assets / "data" / "imagenet100"
+
+    def source(start: int, limit: int | None) -> ImageSource:
+        return ImageSource(
+            folder=images,
+            labels_file=images / "labels.csv",
+            input_name="input",
+            crop=224,
+            start=start,
+            limit=limit,
+            preprocess=Preprocess(scale=1 / 255, mean=mean, std=std),
+        )
+
+    return AccuracyCase(
+        name="squeezenet1.1",
+        model=assets / "models" / "squeezenet1.1.onnx",
+        calibration=source(0, 40),
+        evaluation=source(40, None),
+        metric="top1",
+        batch=8,
+    )
+
+
+def _arrays_case(
+    name: str,
+    model: Path,
+    data: Path,
+    keys: tuple[str, str, str],
+    preprocess: Preprocess,
+    limits: tuple[int, int | None],
+    batch: int = 32,
+    micro_batch: int = 4,
+) -> AccuracyCase:
+    """``keys``: of the model's input, the samples and the labels; ``limits``: how many samples
+    calibrate, and how many of the others score."""
+    input_name, samples, labels = keys
+    inputs = {input_name: samples}
+    n, n_scored = limits
+    return AccuracyCase(
+        name=name,
+        model=model,
+        calibration=ArraySource(path=data, inputs=inputs, preprocess=preprocess, limit=n),
+        evaluation=ArraySource(
+            path=data,
+            inputs=inputs,
+            labels=labels,
+            preprocess=preprocess,
+            start=n,
+            limit=n_scored,
+        ),
+        metric="top1",
+        batch=batch,
+        micro_batch=micro_batch,
+    )
+
+
+def _cifar(assets: Path, name: str, model: str, normalization: Normalization) -> AccuracyCase:
+    mean, std = normalization
+    return _arrays_case(
+        name,
+        assets / "models" / model,
+        assets / "data" / "cifar10_clean242_vnncomp.npz",
+        ("input", "x", "y"),
+        Preprocess(transpose=(2, 0, 1), scale=1 / 255, mean=mean, std=std),
+        (64, None),
+    )
+
+
+def _resnet(assets: Path, folder: Path) -> AccuracyCase:
+    return _cifar(assets, "cifar10_resnet20", "cifar10_resnet20.onnx", IMAGENET)
+
+
+def _vit(assets: Path, folder: Path) -> AccuracyCase:
+    return _cifar(assets, "cifar10_vit", "cifar10_vit_ibp_3_3_8.onnx", CIFAR10)
+
+
+def _keywords(assets: Path, folder: Path) -> AccuracyCase:
+    return _arrays_case(
+        "kws_dscnn",
+        assets / "models" / "mlperf_tiny_kws_dscnn.onnx",
+        assets / "data" / "kws01_mfcc.npz",
+        ("input", "x_int8", "y"),
+        Preprocess(mean=(KWS_ZERO,), std=(1 / KWS_STEP,)),
+        (128, None),
+    )
+
+
+def _mnist(assets: Path, folder: Path) -> AccuracyCase:
+    kept = folder / "mnist.npz"
+    if not kept.exists():
+        data = assets / "data" / "mnist"
+        images = gzip.decompress((data / "t10k-images-idx3-ubyte.gz").read_bytes())
+        labels = gzip.decompress((data / "t10k-labels-idx1-ubyte.gz").read_bytes())
+        np.savez(
+            kept,
+            x=np.frombuffer(images, np.uint8, offset=16).reshape(-1, 1, 28, 28),
+            y=np.frombuffer(labels, np.uint8, offset=8).astype(np.int64),
+        )
+    return _arrays_case(
+        "mnist8",
+        assets / "models" / "mnist-8_cntk.onnx",
+        kept,
+        ("Input3", "x", "y"),
+        Preprocess(),
+        (128, 2000),
+        batch=1,
+        micro_batch=1,
+    )
+
+
+def _stories(assets: Path, folder: Path) -> AccuracyCase:
+    model = assets / "models" / "stories260K" / "model.onnx"
+
+    def source(n_samples: int, start_token: int) -> TextSource:
+        return TextSource(
+            path=assets / "data" / "tinystories_120k.txt",
+            tokenizer_path=model.with_name("tok512.bin"),
+            input_name="input_ids",
+            lengths=(LENGTH,),
+            n_samples=n_samples,
+            start_token=start_token,
+        )
+
+    n_scored = 100
+    return AccuracyCase(
+        name="stories260K",
+        model=model,
+        calibration=source(32, n_scored * LENGTH),
+        evaluation=source(n_scored, 0),
+        metric="nll",
+        batch=4,
+        micro_batch=1,
+    )
+
+
+def _yolox(assets: Path, folder: Path) -> AccuracyCase:
+    """No labels: boxes would have to be decoded first. Its score is the SQNR of its output."""
+
+    def source(start: int) -> ImageSource:
+        return ImageSource(
+            folder=assets / "data" / "coco8" / "images",
+            input_name="images",
+            letterbox=(416, 416, 114),
+            color="BGR",
+            start=start,
+            limit=4,
+            preprocess=Preprocess(),
+        )
+
+    return AccuracyCase(
+        name="yolox_nano",
+        model=assets / "models" / "yolox_nano_coco.onnx",
+        calibration=source(0),
+        evaluation=source(4),
+        metric="sqnr_db",
+        batch=1,
+        micro_batch=1,
+    )
+
+
+Maker = Callable[[Path, Path], AccuracyCase]
+CASES: dict[str, Maker] = {
+    "digits_cnn": lambda assets, folder: _digits("digits_cnn"),
+    "digits_vit": lambda assets, folder: _digits("digits_vit"),
+    "squeezenet1.1": _squeezenet,
+    "cifar10_resnet20": _resnet,
+    "cifar10_vit": _vit,
+    "kws_dscnn": _keywords,
+    "mnist8": _mnist,
+    "stories260K": _stories,
+    "yolox_nano": _yolox,
+}
+"""Name -> function of (assets, folder for what has to be made) that gives the case."""
+
+
+def make_case(name: str, assets: Path, folder: Path) -> AccuracyCase | None:
+    """The case, or None where its model is not there."""
+    if not name.startswith("digits") and not assets.is_dir():
+        return None
+    case = CASES[name](assets, folder)
+    return case if case.model.is_file() else None

@@ -1,0 +1,145 @@
+"""The accuracy benchmark's figures as tables in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+Model = dict[str, Any]
+Row = dict[str, Any]
+SIGNS = {False: "asymmetric", True: "symmetric"}
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """All tables: the summary, our default against ONNX Runtime's best, 16 bits, pickers, and every
+    method of each model."""
+    models = {n: m for n, m in results["models"].items() if "skipped" not in m}
+    about = results["about"]
+    lines = [
+        f"{about['machine']['processor']}; {about['total_s'] / 60:.0f} minutes, "
+        f"{about['peak_memory_mb'] / 1024:.1f} GB at most.",
+        "",
+        "### Our default, and the best of ONNX Runtime's",
+        "",
+        *_against(models),
+        "",
+        "### Methods: agreement / SQNR in dB, weights per channel",
+        "",
+        *_overview(models),
+        "",
+        "### 16 bits",
+        "",
+        *_wide(models),
+        "",
+        "### Mixed precision",
+        "",
+        *_mixed(models),
+    ]
+    for name, model in models.items():
+        lines += ["", f"### {name}", "", *_methods(model)]
+    return "\n".join(lines)
+
+
+def _against(models: dict[str, Model]) -> Iterable[str]:
+    head = ["model", "activations", "metric", "ours", "theirs", "best of theirs", "ours - theirs"]
+    rows = [
+        [
+            name,
+            SIGNS[entry["symmetric"]],
+            entry["metric"],
+            _number(entry["ours"]),
+            _number(entry["theirs"]),
+            entry["best"],
+            _interval(entry),
+        ]
+        for name, model in models.items()
+        for entry in model["against_ort"]
+    ]
+    return _table(head, rows)
+
+
+def _overview(models: dict[str, Model]) -> Iterable[str]:
+    """One row for each method and symmetry, one column for each model."""
+    found: dict[tuple[str, str, bool], dict[str, str]] = {}
+    for name, model in models.items():
+        for row in model["rows"]:
+            if row["precision"] != "int8" or row["granularity"] != "channel":
+                continue
+            key = (row["tool"], row["method"], row["symmetric"])
+            values = "-" if "error" in row else f"{row['agreement']:.3f} / {row['sqnr_db']:.1f}"
+            found.setdefault(key, {})[name] = values
+    head = ["tool", "method", "activations", *models]
+    rows = [
+        [tool, method, SIGNS[symmetric], *(cells.get(name, "") for name in models)]
+        for (tool, method, symmetric), cells in sorted(found.items(), key=lambda e: e[0][2])
+    ]
+    return _table(head, rows)
+
+
+def _wide(models: dict[str, Model]) -> Iterable[str]:
+    head = ["model", "precision", "metric", "less the float model's score"]
+    rows = [
+        [name, entry["precision"], model["metric"], _interval(entry)]
+        for name, model in models.items()
+        for entry in model["wide_against_float"]
+    ]
+    return _table(head, rows)
+
+
+def _mixed(models: dict[str, Model]) -> Iterable[str]:
+    head = ["model", "activations", "picker", "raised", "score", "agreement", "gap closed"]
+    rows = []
+    for name, model in models.items():
+        for row in model["mixed"]:
+            raised = f"{row['n_raised']} of {row['n_layers']}"
+            if "error" in row:
+                found = [row["error"], "", ""]
+            else:
+                found = [_number(row["score"]), _number(row["agreement"]), f"{row['closed']:.0%}"]
+            rows.append([name, SIGNS[row["symmetric"]], row["picker"], raised, *found])
+    return _table(head, rows)
+
+
+def _methods(model: Model) -> Iterable[str]:
+    own = "-" if model["float"] is None else _number(model["float"])
+    yield (
+        f"{model['metric']}, float {own}; {model['n_calibration']} samples calibrate, "
+        f"{model['n_evaluation']} score."
+    )
+    yield ""
+    head = ["tool", "method", "precision", "weights", "activations", model["metric"], "agreement"]
+    head += ["SQNR dB", "matmuls, convs", "quantized activations"]
+    rows = []
+    for row in model["rows"]:
+        first = [row["tool"], row["method"], row["precision"], f"per {row['granularity']}"]
+        first.append("float" if row["precision"] in ("bf16", "fp16") else SIGNS[row["symmetric"]])
+        if "error" in row:
+            rows.append([*first, row["error"].replace("|", "/"), "", "", "", ""])
+            continue
+        rows.append(
+            [
+                *first,
+                _number(row["score"]),
+                _number(row["agreement"]),
+                f"{row['sqnr_db']:.2f}",
+                f"{row['coverage']:.0%} of {row['n_compute']}",
+                str(row["n_activations"]),
+            ]
+        )
+    yield from _table(head, rows)
+
+
+def _interval(entry: Row) -> str:
+    worse = " **worse**" if entry["is_worse"] else ""
+    return f"{entry['difference']:+.4f} ({entry['low']:+.4f} .. {entry['high']:+.4f}){worse}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterable[str]:
+    yield f"| {' | '.join(head)} |"
+    yield f"| {' | '.join('---' for _ in head)} |"
+    for row in rows:
+        yield f"| {' | '.join(row)} |"

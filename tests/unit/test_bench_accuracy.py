@@ -1,0 +1,92 @@
+"""The accuracy benchmark: its intervals, its coverage, and a smoke run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx import save
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+from bench_accuracy_ort import coverage  # noqa: E402
+from bench_accuracy_scores import Scores, paired  # noqa: E402
+
+from qdist.emit.qdq import emit_qdq  # noqa: E402
+from qdist.plan.choice import LayerChoice  # noqa: E402
+from tests.onnx_models import (  # noqa: E402
+    ANY_TARGET,
+    frozen_from,
+    planner_for,
+    samples_of,
+)
+from tests.unit.test_plan_planner import small_model  # noqa: E402
+
+
+def scores(right: np.ndarray) -> Scores:
+    return Scores(parts={"agreement": (right.astype(np.float64), np.ones(right.size))})
+
+
+def test_a_paired_interval_holds_the_difference_and_knows_equals() -> None:
+    rng = np.random.default_rng(5)
+    one = rng.random(400) < 0.9
+    other = np.where(rng.random(400) < 0.95, one, ~one)
+    same = paired(scores(one), scores(one), "agreement")
+    assert (same.mean, same.low, same.high) == (0.0, 0.0, 0.0)
+    found = paired(scores(one), scores(other), "agreement")
+    assert found.mean == pytest.approx(one.mean() - other.mean())
+    assert found.low < found.mean < found.high
+    # Pairs that mostly agree leave less to chance than the samples of either model do.
+    difference = one.astype(float) - other
+    assert found.high - found.low == pytest.approx(
+        2 * 1.96 * difference.std() / np.sqrt(difference.size), rel=0.15
+    )
+    back = paired(scores(other), scores(one), "agreement")
+    assert (back.low, back.high) == pytest.approx((-found.high, -found.low))
+
+
+def test_coverage_is_counted_in_the_file(tmp_path: Path) -> None:
+    frozen = frozen_from(small_model(), tmp_path / "model.onnx")
+    planner = planner_for(frozen, samples_of("x", 6), tmp_path / "store")
+    for low, quantized in (({"first", "second"}, 2), ({"second"}, 1), (set(), 0)):
+        choices = {
+            x.name: LayerChoice(precision="int8" if x.name in low else "float32")
+            for x in planner.layers
+        }
+        path = tmp_path / f"{quantized}.onnx"
+        if low:
+            emit_qdq(frozen, ANY_TARGET.project(planner.plan(choices)), path)
+        else:
+            save(small_model(), path)
+        found = coverage(path)
+        assert (found.n_compute, found.n_quantized) == (2, quantized)
+        assert found.n_activations == quantized
+
+
+def test_a_smoke_run_measures_both_sides(tmp_path: Path) -> None:
+    written = tmp_path / "accuracy.json"
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / "bench_accuracy.py"), "--quick", "--json", str(written)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    (model,) = json.loads(written.read_text("utf-8"))["models"].values()
+    tools = {row["tool"] for row in model["rows"]}
+    assert tools == {"qdist", "onnxruntime"}
+    assert all("error" not in row and row["coverage"] > 0 for row in model["rows"])
+    assert {(e["symmetric"], e["metric"]) for e in model["against_ort"]} == {
+        (s, m) for s in (False, True) for m in ("agreement", "sqnr_db", "top1")
+    }
+    again = subprocess.run(
+        [sys.executable, str(SCRIPTS / "bench_accuracy.py"), "--markdown", str(written)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert again.stdout == done.stdout
