@@ -133,8 +133,9 @@ class ClassEvaluation:
         begin = time.perf_counter() if begin is None else begin
         kind = load_class(self.metric_cls, self.folders)
         with TemporaryDirectory(prefix="qdist-class-") as lists:
+            place = _without_spaces(folder, Path(lists))
             blobs = (
-                " ".join(str(folder / f"{sample}_{output}.blob") for output in outputs)
+                " ".join(str(place / f"{sample}_{output}.blob") for output in outputs)
                 for sample in samples
             )
             blobs_file = write_text(Path(lists) / "blobs.txt", "".join(f"{b}\n" for b in blobs))
@@ -216,6 +217,16 @@ def load_class(name: str, folders: Sequence[Path]) -> type[Any]:
             "define it there, as a subclass of custom_metric_base",
         )
     return found
+
+
+def _without_spaces(folder: Path, links: Path) -> Path:
+    """A path of ``folder`` that can be told from its neighbours in a line: a link in ``links``
+    where its own has spaces."""
+    if not any(letter.isspace() for letter in str(folder)):
+        return folder
+    link = links / "blobs"
+    link.symlink_to(folder.absolute(), target_is_directory=True)
+    return link
 
 
 def _unloadable(where: str, got: str, expected: str, mend: str) -> ConfigError:

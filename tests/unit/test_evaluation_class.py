@@ -153,7 +153,7 @@ def test_a_file_that_is_nowhere(tmp_path: Path, model: Path) -> None:
 
 
 def test_dumped_outputs_are_scored_without_a_model(tmp_path: Path) -> None:
-    dump = tmp_path / "dump"
+    dump = tmp_path / "my dump"
     for place, sign in (("m_ref", 1), ("m_int8", -1)):
         (dump / place).mkdir(parents=True)
         for sample in ("a", "b"):
@@ -174,6 +174,13 @@ def test_dumped_outputs_are_scored_without_a_model(tmp_path: Path) -> None:
     for order in (("double:2", "half/1"), ("double_2", "half_1")):
         turned = score_dumped(evaluation(tmp_path, replace_output=order), dump)
         assert [report.score for report in turned.values()] == [0.0, 0.5]
+
+
+def test_spaces_in_the_folder_do_not_split_a_path(tmp_path: Path, model: Path) -> None:
+    scratch = tmp_path / "my results" / "of\tmay"
+    plain = evaluation(tmp_path).run(Runner(model, Execution()), tmp_path / "scratch")
+    assert evaluation(tmp_path).run(Runner(model, Execution()), scratch).metrics == plain.metrics
+    assert list(scratch.iterdir()) == []
 
 
 def test_a_folder_that_is_no_dump(tmp_path: Path) -> None:
