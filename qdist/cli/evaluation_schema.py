@@ -13,7 +13,7 @@ class MetricConfig(Group):
     """A named metric over data.evaluation."""
 
     kind: Literal["metric"]
-    metric: str = Field(description="top1, top5, nll, perplexity, agreement, sqnr_db, ...")
+    metric: str = Field(description="top1, nll, agreement, cosine, ... (docs/evaluation.md)")
     batch: int = Field(32, ge=1, description="samples per run")
     token_input: str | None = Field(None, description="the input of token ids, for text")
     search_share: float | None = Field(

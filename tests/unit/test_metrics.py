@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -287,3 +289,11 @@ def test_text_metrics_refuse_what_is_no_text() -> None:
         measured("nll", logits, {"tokens": tokens["tokens"] + 3})
     with pytest.raises(EvaluationError, match="logits"):
         measured("nll", [logits[0][:, :4]], tokens)
+
+
+def test_the_documentation_has_every_metric_and_which_way_it_ranks() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    rows = re.findall(r"^\| (`.+`) \| (higher|lower) \|", text, re.MULTILINE)
+    documented = {name: way for names, way in rows for name in re.findall(r"`(\w+)`", names)}
+    ways = {name: "higher" if m.higher_is_better else "lower" for name, m in METRICS.items()}
+    assert documented == ways
