@@ -57,15 +57,17 @@ SMALL_ENCODER = EncoderShape(n_layers=2, width=96, n_heads=3, feed_forward=384, 
 class Size:
     """How much is measured. ``n_few`` samples, and ``n_many`` for the growth of memory.
 
-    ``n_worker_rounds``: of the encoder, and of the others. ``others``: parts of the other models.
+    ``n_worker_rounds``: of the encoder, and of the others. ``one_thread``: measure one thread
+    against ONNX Runtime's calibrators too. ``others``: parts of the other models.
     """
 
     n_few: int = 64
     n_many: int = 1024
     n_rounds: int = 5
-    n_ort_rounds: int = 3
+    n_ort_rounds: int = 5
+    one_thread: bool = False
     n_worker_samples: int = 128
-    n_worker_rounds: tuple[int, int] = (5, 3)
+    n_worker_rounds: tuple[int, int] = (5, 1)
     n_records: int = 1000
     first_run_s: float = FIRST_RUN_S
     n_samples_made: int = 1 << 14
@@ -123,7 +125,7 @@ class Benchmark:
             case "kernel":
                 return kernel(subject, max(5, size.n_rounds), say)
             case "ort":
-                return against_ort(subject, folder, size.n_ort_rounds, say)
+                return against_ort(subject, folder, size.n_ort_rounds, say, size.one_thread)
             case "workers":
                 n_rounds = size.n_worker_rounds[self._case.name != "encoder"]
                 return two_workers(self._case, size.n_worker_samples, folder, n_rounds, say)
@@ -167,7 +169,7 @@ def _measure_all(options: argparse.Namespace) -> dict[str, Any]:
         passed = time.perf_counter() - begin
         print(f"[{passed:5.0f} s] {text}", file=sys.stderr, flush=True)
 
-    size = QUICK if options.quick else Size()
+    size = QUICK if options.quick else Size(one_thread=options.one_thread)
     chosen = options.part or PARTS
     results: dict[str, Any] = {}
     benchmarks: dict[str, Benchmark] = {}
@@ -225,6 +227,11 @@ def _options() -> argparse.Namespace:
         "--quick",
         action="store_true",
         help="a smoke run of less than a minute on small models; its figures mean nothing",
+    )
+    parser.add_argument(
+        "--one-thread",
+        action="store_true",
+        help="part ort: one thread on both sides too, which takes a minute more",
     )
     parser.add_argument("--keys", action="store_true", help="say what is measured, and stop")
     parser.add_argument(

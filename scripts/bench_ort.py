@@ -156,13 +156,18 @@ class Crew:
 
 
 def against_ort(
-    subject: Subject, folder: Path, n_rounds: int, say: Callable[[str], None]
+    subject: Subject,
+    folder: Path,
+    n_rounds: int,
+    say: Callable[[str], None],
+    one_thread: bool = False,
 ) -> dict[str, Any]:
     """Speed-ups over ONNX Runtime's percentile and entropy calibrators.
 
-    Two threads against two workers, ``n_rounds`` times; one thread against one worker once.
+    Two threads against two workers, ``n_rounds`` times; with ``one_thread`` one thread against one
+    worker, once.
     """
-    turns = [ALL_CORES] * n_rounds + [1]
+    turns = [ALL_CORES] * n_rounds + [1] * one_thread
     ours: dict[tuple[str, int], list[float]] = {}
     theirs: dict[tuple[str, int], list[float]] = {}
     n_theirs = 0
@@ -207,5 +212,7 @@ def against_ort(
     for method in OUR_METHODS:
         for n_threads, ending in ((ALL_CORES, ""), (1, "_1_thread")):
             key = (method, n_threads)
+            if key not in ours:
+                continue
             result[f"speedup_vs_ort_{method}{ending}"] = ratio(theirs[key], ours[key])
     return result

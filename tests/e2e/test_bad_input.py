@@ -242,9 +242,9 @@ def test_no_store_and_a_folder_that_is_none(tmp_path: Path) -> None:
         (
             "quantization.saturation_parameters={percent: 99}",
             "QD502",
-            ("'percent'", "method mse"),
+            ("'percent'", "method auto"),
         ),
-        ("quantization.precision=int9", "QD506", ("'int9'", "w4a8, w8, int8")),
+        ("quantization.precision=int9", "QD506", ("'int9'", "w4, w4a8, u4")),
         (
             "quantization.rules=[{match: '*con1*', precision: int16}]",
             "QD503",
@@ -449,7 +449,7 @@ def test_a_search_in_which_every_trial_fails(
     trace.touch()
     limits = (f"evaluation.environment.TRACE={trace}", "evaluation.timeout_s=2")
     words = (*TUNE, script(COUNTS + ending), *limits, "search.saturations=[]")
-    check_error(here(*words), "QD706", "1 trial", code, "mend the evaluation")
+    check_error(here(*words), "QD706", "3 trials", code, "mend the evaluation")
     assert {name: (runs / "digits_cnn" / name).read_bytes() for name in before} == before
     assert not (runs / "digits_cnn/report.html").exists()
     assert not [pid for pid in trace.read_text().split() if Path(f"/proc/{pid}").exists()]
