@@ -65,8 +65,8 @@ def test_the_search_and_the_report_share_no_sample(cluster: RaySession, folder: 
 
 
 def test_a_metric_class_scores_a_model_and_its_dump_alike(folder: Path) -> None:
-    words = ("evaluation=class", "evaluation.metric_cls=mean_peak", "evaluation.folder=plugins")
-    words = (*words, "evaluation.metric_input='0.5'")
+    named = ("evaluation=class", "evaluation.metric_cls=mean_peak", "evaluation.folder=plugins")
+    words = (*named, "evaluation.metric_input='0.5'")
     succeed("evaluate", *SCORED, *words)
     scores = json.loads((folder / "evaluation.json").read_text())
     assert scores["float"]["metrics"]["mean_peak_1"] == 40
@@ -77,5 +77,5 @@ def test_a_metric_class_scores_a_model_and_its_dump_alike(folder: Path) -> None:
     assert [name.endswith("_ref") for name in dumped] == [True, False]
     for mine, alone in zip(scores.values(), dumped.values(), strict=True):
         assert alone["metrics"] == pytest.approx(mine["metrics"], abs=1e-5)
-    wrong = (*words[:-1], "evaluation.metric_input='9'")
+    wrong = (*named, "evaluation.metric_input='9'")
     check_error(here("evaluate", *SCORED, *wrong), "QD704", "from 0 to 1")
