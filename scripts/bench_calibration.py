@@ -3,7 +3,7 @@
 
     scripts/bench_calibration.py [--json FILE] [--only MODEL]... [--part PART]... [--quick]
 
-Takes some 14 minutes on 2 cores; progress goes to the standard error, a table to the standard
+Takes some 11 minutes on 2 cores; progress goes to the standard error, a table to the standard
 output. docs/benchmarks.md says what every figure is and how like is compared with like.
 """
 
