@@ -853,37 +853,11 @@ def sweep_many(
         highs = all_highs[starts[row] : starts[row] + n_lanes]
         if layout == 1 and 64 <= n_lanes <= 2048 and size % n_lanes == 0 and size >= 1536:
             sweep_rows(
-                bits,
-                lows,
-                highs,
-                row,
-                states,
-                tops,
-                limit,
-                page_of,
-                pool,
-                used,
-                scratch,
-                clean,
+                bits, lows, highs, row, states, tops, limit, page_of, pool, used, scratch, clean
             )
-        else:
-            sweep(
-                bits,
-                0,
-                layout,
-                inner,
-                lows,
-                highs,
-                row,
-                states,
-                tops,
-                limit,
-                page_of,
-                pool,
-                used,
-                scratch,
-                clean,
-            )
+            continue
+        statistics = states, tops, limit, page_of, pool, used, scratch, clean
+        sweep(bits, 0, layout, inner, lows, highs, row, *statistics)
     return rows.size
 
 
