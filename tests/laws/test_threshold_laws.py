@@ -205,8 +205,8 @@ def test_the_mse_range_is_as_good_as_brute_force_on_raw_data(
 def test_no_method_has_less_expected_error_than_mse(seed: int, levels: Levels, name: str) -> None:
     density = density_of(DISTRIBUTIONS[name](np.random.default_rng(seed), 2000))
     errors = {method: find_threshold(density, levels, method).expected_mse for method in METHODS}
-    # With so few values, most of them known exactly, the error is bumpy where the last of them leave
-    # the range: a search by halves may stop a few percent above the least of the bumps.
+    # With so few values, most of them known exactly, the error is bumpy where the last of them
+    # leave the range: the search may stop a few percent above the least of the bumps.
     assert errors["mse"] <= min(errors.values()) * 1.05
 
 
