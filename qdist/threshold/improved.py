@@ -18,12 +18,11 @@ from qdist.stats.histogram import Density
 from qdist.threshold.clip import Levels
 from qdist.threshold.divergence_kernels import fill_values
 from qdist.threshold.joint_kernels import search_both
-from qdist.threshold.mse import mse
+from qdist.threshold.mse import PAIRS, mse
 from qdist.threshold.mse_kernels import least_error_of_both
 
 BINS = 10240
 """Linear bins that SlimAI's document advises."""
-_COARSE = np.geomspace(1 / 64, 1, 19)
 _ZOOMS = 4
 
 
@@ -39,7 +38,7 @@ def improved_mse(density: Density, levels: Levels, *, bins: int = BINS) -> tuple
         found_low, found_high = mse(linear, levels)
     else:
         found_low, found_high = least_error_of_both(
-            linear.lower, linear.upper, linear.counts, levels.low, levels.high, _COARSE, _ZOOMS
+            linear.lower, linear.upper, linear.counts, levels.low, levels.high, PAIRS, _ZOOMS
         )
     return max(found_low, low), min(found_high, high)
 
@@ -78,7 +77,7 @@ def improved_kl(density: Density, levels: Levels, *, bins: int = BINS) -> tuple[
     counts = fill_values(density.lower, density.upper, density.counts, start, stop, bins)
     zero = (0.0 - start) / (stop - start) * bins
     _level_zero(counts, int(min(zero, bins - 1)))
-    first, last = search_both(counts, zero, n_levels, levels.symmetric, _COARSE, _ZOOMS)
+    first, last = search_both(counts, zero, n_levels, levels.symmetric, PAIRS, _ZOOMS)
     step = (stop - start) / bins
     # Edges of the outermost bins are the bounds themselves, whatever the division rounds to.
     found_low = low if first == 0 and not levels.symmetric else (first - zero) * step

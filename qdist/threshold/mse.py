@@ -1,9 +1,10 @@
 """The range of least expected squared error (``mse``; Icraft's ``ems``).
 
 The criterion is Max's and Lloyd's (J. Max, "Quantizing for minimum distortion", 1960) for a
-uniform quantizer. The error is a smooth, nearly unimodal function of each bound, so a coarse scan
-over fractions of the maximum and a golden-section refinement around its best find the minimum. The
-two bounds of an asymmetric quantizer take turns.
+uniform quantizer. The error is a nearly unimodal function of each bound, with small dips where
+single values leave the range, so a coarse scan over fractions of the maximum, a fine one around its
+best and a golden-section refinement find the minimum. The two bounds of an asymmetric quantizer
+take turns; with few levels all pairs are looked at too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from qdist.threshold.clip import Levels
 from qdist.threshold.mse_kernels import least_error
 
 _SCAN = np.concatenate([np.geomspace(1 / 4096, 1 / 4, 21)[:-1], np.linspace(1 / 4, 1, 31)])
+PAIRS = np.geomspace(1 / 64, 1, 19)
+"""Fractions of either bound, where both are searched together."""
 
 
 def mse(density: Density, levels: Levels, *, rounds: int = 3) -> tuple[float, float]:
@@ -31,5 +34,6 @@ def mse(density: Density, levels: Levels, *, rounds: int = 3) -> tuple[float, fl
         levels.symmetric,
         rounds,
         _SCAN,
+        PAIRS,
     )
     return max(found_low, low), min(found_high, high)

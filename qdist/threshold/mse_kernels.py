@@ -15,6 +15,7 @@ from qdist.stats.compiled import compiled
 
 SYMMETRIC, POSITIVE, NEGATIVE, TOGETHER, UPPER, LOWER = 0, 1, 2, 3, 4, 5
 """What a search moves: both bounds alike, the only one there is, both in proportion, or one."""
+_FEW_STEPS = 32
 
 
 @compiled
@@ -146,8 +147,12 @@ def _least(
     last: int,
     scan: NDArray[np.float64],
 ) -> float:
-    """The argument in (0, ``top``] of least cost: the best of ``scan * top``, ascending, refined by
-    golden sections between its neighbours. The top itself wins ties."""
+    """The argument in (0, ``top``] of least cost: the best of ``scan * top``, ascending, then of
+    even steps between its neighbours, refined by golden sections. The top itself wins ties.
+
+    Where single values leave the range the cost has several dips between two points of a scan, of
+    which golden sections alone would find any.
+    """
     n = scan.size
     best_i, best_cost = n - 1, np.inf
     for i in range(n - 1, -1, -1):
@@ -156,11 +161,18 @@ def _least(
             best_i, best_cost = i, found
     best = scan[best_i] * top
     left, right = scan[max(best_i - 1, 0)] * top, scan[min(best_i + 1, n - 1)] * top
+    start, step = left, (right - left) / 16.0
+    for i in range(15, 0, -1):
+        t = start + i * step
+        found = _cost(plus, minus, low, high, t, mode, first, last)
+        if found < best_cost:
+            best, best_cost = t, found
+    left, right = max(best - step, start), min(best + step, right)
     golden = (np.sqrt(5.0) - 1.0) / 2.0
     a, b = right - golden * (right - left), left + golden * (right - left)
     cost_a = _cost(plus, minus, low, high, a, mode, first, last)
     cost_b = _cost(plus, minus, low, high, b, mode, first, last)
-    for _ in range(12):
+    for _ in range(8):
         if cost_a < cost_b:
             right, b, cost_b = b, a, cost_a
             a = right - golden * (right - left)
@@ -192,8 +204,10 @@ def least_error(
     is_symmetric: bool,
     rounds: int,
     scan: NDArray[np.float64],
+    pairs: NDArray[np.float64],
 ) -> tuple[float, float]:
-    """The bounds of least squared error over a density that is not all zero."""
+    """The bounds of least squared error over a density that is not all zero. ``scan``: fractions of
+    a bound to look at; ``pairs``: of both, where there are few levels."""
     plus, minus = _side(lower, upper, counts, 1.0), _side(lower, upper, counts, -1.0)
     low, high = min(lower[0], 0.0), max(upper[-1], 0.0)
     if is_symmetric:
@@ -217,6 +231,14 @@ def least_error(
             abs(best_high - old_high) <= 1e-3 * best_high
         ):
             break
+    if last - first >= _FEW_STEPS:
+        return best_low, best_high
+    # In few levels the bounds depend on one another, and taking turns ends where neither moves
+    # alone, which may be far from the best pair.
+    other_low, other_high = least_error_of_both(lower, upper, counts, first, last, pairs, 4)
+    found = _error(plus, minus, best_low, best_high, first, last, False)
+    if _error(plus, minus, other_low, other_high, first, last, False) < found:
+        return other_low, other_high
     return best_low, best_high
 
 

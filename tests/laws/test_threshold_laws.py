@@ -201,13 +201,13 @@ def test_the_mse_range_is_as_good_as_brute_force_on_raw_data(
 
 @given(seeds, st.sampled_from(ALL_LEVELS), st.sampled_from(sorted(DISTRIBUTIONS)))
 @example(159, Levels(low=-127, high=127, symmetric=True), "gelu")
+@example(70, Levels(low=-8, high=7, symmetric=False), "gauss")
 @settings(max_examples=40, deadline=None)
 def test_no_method_has_less_expected_error_than_mse(seed: int, levels: Levels, name: str) -> None:
     density = density_of(DISTRIBUTIONS[name](np.random.default_rng(seed), 2000))
     errors = {method: find_threshold(density, levels, method).expected_mse for method in METHODS}
-    # With so few values, most of them known exactly, the error is bumpy where the last of them
-    # leave the range: the search may stop a few percent above the least of the bumps.
-    assert errors["mse"] <= min(errors.values()) * 1.05
+    # With so few values the error is a little bumpy where the last of them leave the range.
+    assert errors["mse"] <= min(errors.values()) * 1.01
 
 
 # --- percentile and quantile ------------------------------------------------------------------
