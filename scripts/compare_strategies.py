@@ -81,10 +81,12 @@ def main() -> int:
         for name in options.names or MODELS:
             for strategy in options.strategy or STRATEGIES:
                 place = Path(folder) / strategy.replace(" ", "-")
+                begin = time.perf_counter()
                 status = _tune(name, strategy, options, place, Path(folder))
                 if status:
                     return status
-                rows.append(_row(name, strategy, place / name))
+                seconds = time.perf_counter() - begin
+                rows.append(_row(name, strategy, place / name, seconds))
                 print(_line(rows[-1]), file=sys.stderr, flush=True)
             if options.json is not None:
                 text = json.dumps([asdict(row) for row in rows], indent=2)
@@ -110,18 +112,14 @@ def _tune(name: str, strategy: str, options: argparse.Namespace, place: Path, fo
     print(f"$ qdist tune {shlex.join(words)}", file=sys.stderr, flush=True)
     filled = [word.replace("{assets}", str(options.assets.absolute())) for word in words]
     own = [f"output.root={place}", f"store.path={folder / name}.zarr", "tracking=none"]
-    begin = time.perf_counter()
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-m", "qdist.cli", "tune", *filled, *own],
         check=False,
         stdout=subprocess.DEVNULL,
-    )
-    if done.returncode == 0:
-        (place / name / "seconds.json").write_text(json.dumps(time.perf_counter() - begin))
-    return done.returncode
+    ).returncode
 
 
-def _row(name: str, strategy: str, place: Path) -> Row:
+def _row(name: str, strategy: str, place: Path, seconds: float) -> Row:
     def read(path: Path) -> dict[str, object]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
 
@@ -141,7 +139,7 @@ def _row(name: str, strategy: str, place: Path) -> Row:
         n_bytes=int(str(best["n_bytes"])),
         n_trials=n_trials,
         n_to_best=int(str(best["number"])) + 1,
-        seconds=float((place / "seconds.json").read_text()),
+        seconds=seconds,
     )
 
 

@@ -69,12 +69,14 @@ def sensitivity_identity(
     *,
     batch: int = 8,
     n_samples: int | None = None,
+    graph: Graph | None = None,
 ) -> dict[str, Any]:
     """All that sums depend on besides the quantizers, which their keys are made of: JSON.
 
-    The model's digest covers its weights. Raises `DataError`.
+    The model's digest covers its weights. ``graph``: of ``frozen``, where there is one already.
+    Raises `DataError`.
     """
-    inputs = input_specs(Graph(frozen))
+    inputs = input_specs(graph or Graph(frozen))
     names = source.keys()
     if n_samples is not None:
         step = fixed_batch(inputs) or 1

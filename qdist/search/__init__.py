@@ -12,7 +12,7 @@
 ``proposals``  what all strategies keep count of.
 ``icraft``  Icraft's three searches; ``icraft_measures``, ``icraft_ladders`` what they go by, and
 ``icraft_config`` their file. ``slimai``  SlimAI's smart search. ``knight``  Knight's sweep.
-``vendors``  the first two made from ``search.options``.
+``vendors``  these and Optuna's, made from ``search.options``.
 ``optuna_study``  Optuna's samplers for what holds for the whole plan.
 ``strategies``  the strategies by name.
 ``pickers``   mixed precision without a search.

@@ -137,14 +137,7 @@ class Accumulator:
                 self._lanes.starts,
                 self._lanes.low,
                 self._lanes.high,
-                self._state,
-                self._tops,
-                self._spec.n_largest,
-                counters.page_of,
-                counters.pool,
-                counters.used,
-                self._scratch,
-                self._clean,
+                *self._gathered(),
             )
 
     def _settle(self, index: int, shape: tuple[int, ...], n_channels: int, inner: int) -> None:
@@ -153,25 +146,17 @@ class Accumulator:
         if is_open or (n_channels != VARIED and 1 < inner < _SHORT_RUN):
             self._shapes[index] = None
             return
-        n_lanes = self._lanes.of(index)[0].size if inner == 1 else n_channels
-        layout = (
-            (sweep.NO_CHANNELS, 1, 0)
-            if n_channels == VARIED
-            else (sweep.LANES if inner == 1 else sweep.RUNS, inner, n_lanes)
-        )
         self._shapes[index] = shape
-        self._layouts[index] = (math.prod(shape), *layout)
+        self._layouts[index] = (math.prod(shape), *self._layout(index, n_channels, inner))
 
     def _add_bits(self, index: int, bits: NDArray[np.uint32], n_channels: int, inner: int) -> None:
         """Count flat values of which ``inner`` side by side are of one channel."""
+        lows, highs = self._lanes.of(index)
         if n_channels == VARIED or not bits.size:
             self._sweep(index, bits, sweep.NO_CHANNELS, 1, _NO_KEYS, _NO_KEYS)
-            return
-        lows, highs = self._lanes.of(index)
-        if inner == 1:
-            self._sweep(index, bits, sweep.LANES, 1, lows, highs)
-        elif inner >= _SHORT_RUN:
-            self._sweep(index, bits, sweep.RUNS, inner, lows[:n_channels], highs[:n_channels])
+        elif not 1 < inner < _SHORT_RUN:
+            layout, inner, n = self._layout(index, n_channels, inner)
+            self._sweep(index, bits, layout, inner, lows[:n], highs[:n])
         else:
             lanes = -(-_FEW_LANES // (n_channels * inner)), n_channels, inner
             low = np.full(math.prod(lanes), sweep.NO_LOW, np.int32)
@@ -223,8 +208,15 @@ class Accumulator:
         first = self._values.add(index, bits)
         if first < bits.size:
             self._values.spill(index, self._state, self._tops, self._spec.n_largest, counters)
-        gathered = (
-            index,
+        if layout == sweep.LANES and first == 0 and sweep.is_rows(bits.size, lows.size):
+            sweep.sweep_rows(bits, lows, highs, index, *self._gathered())
+        else:
+            sweep.sweep(bits, first, layout, inner, lows, highs, index, *self._gathered())
+
+    def _gathered(self) -> tuple[Any, ...]:
+        """What loops gather into, and work with: the same for all tensors."""
+        counters = self._counters
+        return (
             self._state,
             self._tops,
             self._spec.n_largest,
@@ -234,10 +226,15 @@ class Accumulator:
             self._scratch,
             self._clean,
         )
-        if layout == sweep.LANES and first == 0 and sweep.is_rows(bits.size, lows.size):
-            sweep.sweep_rows(bits, lows, highs, *gathered)
-        else:
-            sweep.sweep(bits, first, layout, inner, lows, highs, *gathered)
+
+    def _layout(self, index: int, n_channels: int, inner: int) -> tuple[int, int, int]:
+        """How a tensor whose runs of one channel are not short is swept: layout, ``inner``, and how
+        many lanes or channels."""
+        if n_channels == VARIED:
+            return sweep.NO_CHANNELS, 1, 0
+        if inner == 1:
+            return sweep.LANES, 1, self._lanes.size(index)
+        return sweep.RUNS, inner, n_channels
 
     def _n_channels(self, index: int, shape: tuple[int, ...]) -> int:
         """Channels of this tensor, whose extrema there is then room for; or `VARIED`."""

@@ -41,6 +41,10 @@ class LaneExtrema:
         self.starts[row] = start
         self._sizes[row] = size
 
+    def size(self, row: int) -> int:
+        """How many lanes a tensor has."""
+        return self._sizes[row]
+
     def of(self, row: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Views of a tensor's lows and highs."""
         lanes = slice(int(self.starts[row]), int(self.starts[row]) + self._sizes[row])

@@ -666,6 +666,7 @@ def sweep(
         state[1] = max(state[1], np.int64(largest))
 
 
+@compiled
 def is_rows(n_elements: int, n_lanes: int) -> bool:
     """Whether `sweep_rows` takes a tensor of so many elements and lanes."""
     return 64 <= n_lanes <= 2048 and n_elements % n_lanes == 0 and n_elements >= SMALL
@@ -851,7 +852,7 @@ def sweep_many(
         bits = carray(_pointer_to(addresses[i]), (size,), np.uint32)
         lows = all_lows[starts[row] : starts[row] + n_lanes]
         highs = all_highs[starts[row] : starts[row] + n_lanes]
-        if layout == 1 and 64 <= n_lanes <= 2048 and size % n_lanes == 0 and size >= 1536:
+        if layout == 1 and is_rows(size, n_lanes):
             sweep_rows(
                 bits, lows, highs, row, states, tops, limit, page_of, pool, used, scratch, clean
             )

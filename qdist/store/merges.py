@@ -14,7 +14,7 @@ from qdist.store.layout import FINISHED, HEAD, MERGES, json_key, sealed, unseale
 from qdist.store.place import PARTIAL, Place
 from qdist.store.protocol import FinishedMerge
 from qdist.store.receipt import Batch
-from qdist.store.records import pack_record, read_container, unpack_record, write_container
+from qdist.store.records import pack_record, read_container, unpack_checked, write_container
 
 
 def pack_merge(merge: FinishedMerge, documents: dict[str, Any] | None = None) -> bytes:
@@ -36,9 +36,7 @@ def unpack_merge(data: bytes) -> tuple[FinishedMerge, dict[str, Any]]:
     container = Container.unpack(data)
     own = container.documents["merge"]
     taps = _taps_from_json(own["taps"])
-    record = unpack_record(container, taps.tensors)
-    if record.digest != container.attributes["qdist"]["record_digest"]:
-        raise ValueError("another digest")
+    record = unpack_checked(container, taps.tensors)
     merge = FinishedMerge(
         name=str(own["name"]),
         record=record,

@@ -9,7 +9,7 @@ from qdist.files import replacing
 from qdist.stats.record import CalibrationRecord
 from qdist.store import failures
 from qdist.store.container import UNREADABLE, Container
-from qdist.store.records import pack_record, unpack_record
+from qdist.store.records import pack_record, unpack_checked
 
 
 def write_record(path: Path, record: CalibrationRecord) -> Path:
@@ -22,10 +22,6 @@ def write_record(path: Path, record: CalibrationRecord) -> Path:
 def read_record(path: Path, tensors: Sequence[str]) -> CalibrationRecord:
     """From `write_record`. Raises QD403 where it is missing, damaged, or of other tensors."""
     try:
-        container = Container.unpack(path.read_bytes())
-        record = unpack_record(container, tensors)
-        if record.digest != container.attributes["qdist"]["record_digest"]:
-            raise ValueError("another digest")
+        return unpack_checked(Container.unpack(path.read_bytes()), tensors)
     except UNREADABLE as error:
         raise failures.damaged(str(path), str(error)) from error
-    return record

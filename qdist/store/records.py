@@ -37,6 +37,14 @@ def unpack_record(container: Container, tensors: Sequence[str]) -> CalibrationRe
     return CalibrationRecord.from_arrays(tensors, int(own["n_samples"]), container.arrays)
 
 
+def unpack_checked(container: Container, tensors: Sequence[str]) -> CalibrationRecord:
+    """As `unpack_record`, and the record is as its digest says."""
+    record = unpack_record(container, tensors)
+    if record.digest != container.attributes["qdist"]["record_digest"]:
+        raise ValueError("another digest")
+    return record
+
+
 def write_container(place: Place, folder: str, name: str, data: bytes) -> str:
     """Write ``data`` under a new key that carries its checksum, and return the key."""
     key = write_key(folder, name, checksum(data))

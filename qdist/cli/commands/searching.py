@@ -62,6 +62,7 @@ def search_problem(
     options: dict[str, Any] = {
         "batch": context.settings.compare.batch,
         "n_samples": search.sensitivity_samples,
+        "graph": planner.graph,
     }
     frozen, source = planner.graph.model, calibrated.source
     identity = sensitivity_identity(frozen, plans, source, context.execution, **options)
@@ -71,7 +72,6 @@ def search_problem(
         source,
         context.execution,
         kept=SensitivityStore(calibrated.store.place, identity),
-        graph=planner.graph,
         **options,
     )
     problem = replace(

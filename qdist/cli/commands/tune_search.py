@@ -97,7 +97,6 @@ def search(
         scorer_options=domain.scorer_options(settings.evaluation),
         layers=_layer_samples(settings),
     )
-    layers = setup.layers
 
     def statistics(n_samples: int) -> CalibrationRecord:
         return statistics_here(
@@ -132,7 +131,6 @@ def search(
                 max_trials=_most_trials(settings),
                 time_s=settings.search.time_limit_s,
                 target_score=settings.search.stop_score,
-                layers_of=layers.name if layers is not None else "",
             ),
             Hooks(
                 on_trial=on_trial,
