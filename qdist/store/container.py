@@ -20,18 +20,13 @@ from typing import Any, cast
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec
-from zarr.core.buffer import Buffer, default_buffer_prototype
+from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from qdist.store import chunks
 
 CHUNK_ITEMS = 1 << 24
 """Items of one chunk, at most: the codecs take less than 2 GiB at a time."""
-
-_BLOCK_BYTES = 1 << 20
-"""What Blosc compresses at a time. In blocks of its own choice, level 3 makes records no smaller
-and takes longer both ways."""
 
 UNREADABLE = (
     ArithmeticError,
@@ -64,33 +59,14 @@ class Container:
 
     def pack(self) -> bytes:
         """The bytes of the object."""
-        members: dict[str, Buffer] = {}
-        group = zarr.create_group(MemoryStore(members), attributes=dict(self.attributes))
+        about = {"attributes": self.attributes, "zarr_format": 3, "node_type": "group"}
+        members = {"zarr.json": json.dumps(about, indent=2, allow_nan=False).encode()}
         for name, values in self.arrays.items():
-            array = group.create_array(
-                name,
-                shape=values.shape,
-                dtype=values.dtype,
-                chunks=_chunks(values),
-                compressors=(
-                    BloscCodec(
-                        cname="zstd",
-                        clevel=1,
-                        shuffle=BloscShuffle.shuffle,
-                        blocksize=_BLOCK_BYTES,
-                        typesize=values.dtype.itemsize,
-                    ),
-                    Crc32cCodec(),
-                ),
-                # No array holds its own: a missing chunk cannot pass for data.
-                fill_value=_missing(values.dtype),
-                config={"write_empty_chunks": True},
-            )
-            array[...] = values
+            members.update(chunks.encoded(name, values, CHUNK_ITEMS))
         packed = io.BytesIO()
         with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:
             for key in sorted(members):
-                archive.writestr(zipfile.ZipInfo(key, _EPOCH), members[key].to_bytes())
+                archive.writestr(zipfile.ZipInfo(key, _EPOCH), members[key])
             for name, value in sorted(self.documents.items()):
                 info = zipfile.ZipInfo(f"{_DOCUMENTS}{name}.json", _EPOCH)
                 info.compress_type = zipfile.ZIP_DEFLATED
@@ -135,14 +111,3 @@ def _by_zarr(name: str, members: Mapping[str, bytes]) -> NDArray[Any]:
     held = {key: new(content) for key, content in members.items()}
     group = zarr.open_group(MemoryStore(held, read_only=True), mode="r")
     return np.asarray(cast(zarr.Array[Any], group[name])[...])
-
-
-def _chunks(values: NDArray[Any]) -> tuple[int, ...]:
-    """Whole rows, as many as fit."""
-    row = max(1, int(np.prod(values.shape[1:], dtype=np.int64)))
-    n_rows = max(1, min(values.shape[0], CHUNK_ITEMS // row))
-    return (n_rows, *(max(1, n) for n in values.shape[1:]))
-
-
-def _missing(dtype: np.dtype[Any]) -> Any:
-    return np.nan if dtype.kind == "f" else np.array(-1).astype(dtype)

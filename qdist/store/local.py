@@ -5,12 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from qdist.store import failures
 from qdist.store.place import PARTIAL, Entry
+
+_T = TypeVar("_T")
 
 _GONE = (errno.ENOENT, errno.ENOTDIR)
 _AWAY = {
@@ -65,16 +69,32 @@ class LocalPlace:
 
     def put(self, key: str, data: bytes) -> None:
         """Write the object, in place of any other. Raises QD404, QD408."""
-        with self._complete(key, data) as partial:
-            os.replace(partial, self.folder / key)
+        self.put_in_order([(key, data)])
 
     def create(self, key: str, data: bytes) -> bool:
         """Write the object only if there is none. Raises QD404, QD408."""
-        with self._complete(key, data) as partial:
-            try:
-                os.link(partial, self.folder / key)
-            except FileExistsError:
-                return False
+        return self.put_in_order([(key, data)], create_last=True)
+
+    def put_in_order(
+        self, objects: Sequence[tuple[str, bytes]], *, create_last: bool = False
+    ) -> bool:
+        """Write objects one after the other; False where the last was there already.
+
+        They are synced side by side, which takes as long as one of them does. Raises QD404, QD408.
+        """
+        with self._complete(objects) as partials:
+            places = [
+                (partial, self.folder / key)
+                for partial, (key, _) in zip(partials, objects, strict=True)
+            ]
+            last = places.pop() if create_last else None
+            for partial, path in places:
+                os.replace(partial, path)
+            if last is not None:
+                try:
+                    os.link(*last)
+                except FileExistsError:
+                    return False
         return True
 
     def delete(self, key: str) -> None:
@@ -102,27 +122,33 @@ class LocalPlace:
 
     def now_s(self) -> float:
         """By the clock that stamps the folder's files, which need not be this machine's."""
-        with self._complete("now", b"") as partial:
+        with self._complete([("now", b"")]) as (partial,):
             return partial.stat().st_mtime
 
     @contextmanager
-    def _complete(self, key: str, data: bytes) -> Iterator[Path]:
-        """A complete, synced file beside ``key``; removed afterwards where it still is."""
-        parent = (self.folder / key).parent
-        partial = parent / f"{uuid.uuid4().hex}{PARTIAL}"
+    def _complete(self, objects: Sequence[tuple[str, bytes]]) -> Iterator[list[Path]]:
+        """Complete, synced files beside the keys of ``objects``, removed afterwards where they
+        still are. What became of their names is synced at the end, too."""
+        parents = [(self.folder / key).parent for key, _ in objects]
+        partials = [parent / f"{uuid.uuid4().hex}{PARTIAL}" for parent in parents]
         with self._writing():
             try:
-                if parent != self.folder:
-                    parent.mkdir(exist_ok=True)
-                with partial.open("xb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                yield partial
-                _sync_folder(parent)
+                with ExitStack() as files:
+                    descriptors = []
+                    for parent, partial, (_, data) in zip(parents, partials, objects, strict=True):
+                        if parent != self.folder:
+                            parent.mkdir(exist_ok=True)
+                        file = files.enter_context(partial.open("xb"))
+                        file.write(data)
+                        file.flush()
+                        descriptors.append(file.fileno())
+                    _all_at_once(os.fsync, descriptors)
+                yield partials
+                _all_at_once(_sync_folder, dict.fromkeys(parents))
             finally:
-                with suppress(OSError):
-                    partial.unlink(missing_ok=True)
+                for partial in partials:
+                    with suppress(OSError):
+                        partial.unlink(missing_ok=True)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -134,6 +160,17 @@ class LocalPlace:
             if error.errno in _GONE:
                 raise failures.unreachable(self.where, "the folder is gone") from error
             raise failures.unwritable(self.where, _reason(error)) from error
+
+
+def _all_at_once(sync: Callable[[_T], None], each: Collection[_T]) -> None:
+    """Waiting for the disk once rather than one after the other. Raises the first `OSError`."""
+    if len(each) < 2:
+        for one in each:
+            sync(one)
+        return
+    with ThreadPoolExecutor(len(each)) as threads:
+        for done in [threads.submit(sync, one) for one in each]:
+            done.result()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -14,7 +14,7 @@ from qdist.store.layout import FINISHED, HEAD, MERGES, json_key, sealed, unseale
 from qdist.store.place import PARTIAL, Place
 from qdist.store.protocol import FinishedMerge
 from qdist.store.receipt import Batch
-from qdist.store.records import pack_record, read_container, unpack_checked, write_container
+from qdist.store.records import named, pack_record, read_container, unpack_checked
 
 
 def pack_merge(merge: FinishedMerge, documents: dict[str, Any] | None = None) -> bytes:
@@ -66,9 +66,9 @@ class Merges:
         merge = FinishedMerge(
             name=name, record=record, taps=taps, batches=tuple(batches), about=about
         )
-        key = write_container(self._place, MERGES, name, pack_merge(merge))
-        self._place.put(pointer, sealed({"merge": key}))
-        self.make_latest(name)
+        key, packed = named(MERGES, name, pack_merge(merge))
+        written = (pointer, sealed({"merge": key}))
+        self._place.put_in_order([(key, packed), written, *self._new_head(name)])
 
     def finished(self) -> list[str]:
         """Names of all, sorted."""
@@ -87,14 +87,16 @@ class Merges:
     def make_latest(self, name: str) -> None:
         """Let `latest` give this one. Writes nothing where it does already."""
         json_key(FINISHED, name)
-        # A store that nobody may write any more can still be asked for what it holds.
-        if self.head() != name:
-            self._place.put(HEAD, sealed({"finished": name}))
+        self._place.put_in_order(self._new_head(name))
 
     def head(self) -> str | None:
         """Name of the latest; None where there is none, or its name is damaged."""
         told = unsealed(self._place.get(HEAD))
         return str(told["finished"]) if isinstance(told, dict) and "finished" in told else None
+
+    def _new_head(self, name: str) -> list[tuple[str, bytes]]:
+        # A store that nobody may write any more can still be asked for what it holds.
+        return [] if self.head() == name else [(HEAD, sealed({"finished": name}))]
 
     def latest(self) -> FinishedMerge | None:
         """The latest; None where nothing was finished yet. Raises QD403."""

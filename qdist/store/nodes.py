@@ -14,7 +14,7 @@ from qdist.stats.record import CalibrationRecord
 from qdist.store.container import UNREADABLE, Container
 from qdist.store.layout import INNER, NODES, json_key, sealed, unsealed, written
 from qdist.store.place import PARTIAL, Place
-from qdist.store.records import pack_record, read_container, unpack_record, write_container
+from qdist.store.records import named, pack_record, read_container, unpack_record
 
 
 class Nodes:
@@ -31,8 +31,9 @@ class Nodes:
     def keep(self, name: str, record: CalibrationRecord) -> bool:
         """Keep a node; False when another process was first."""
         pointer = json_key(NODES, name)
-        key = write_container(self._place, INNER, name, pack_record(record))
-        is_first = self._place.create(pointer, sealed({"node": key}))
+        key, packed = named(INNER, name, pack_record(record))
+        written = sealed({"node": key})
+        is_first = self._place.put_in_order([(key, packed), (pointer, written)], create_last=True)
         if not is_first:
             # Nobody refers to it; where it cannot be removed now, `sweep` will.
             with suppress(StoreError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,6 +48,16 @@ class Place(Protocol):
 
     def create(self, key: str, data: bytes) -> bool:
         """Write the object only if there is none. Of many callers, exactly one gets True."""
+        ...
+
+    def put_in_order(
+        self, objects: Sequence[tuple[str, bytes]], *, create_last: bool = False
+    ) -> bool:
+        """Write objects so that whoever finds one finds those before it.
+
+        With ``create_last`` the last is written only if there is none: False where there was.
+        Where this raises, any number of the first of them may be there.
+        """
         ...
 
     def delete(self, key: str) -> None:

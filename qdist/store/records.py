@@ -45,15 +45,13 @@ def unpack_checked(container: Container, tensors: Sequence[str]) -> CalibrationR
     return record
 
 
-def write_container(place: Place, folder: str, name: str, data: bytes) -> str:
-    """Write ``data`` under a new key that carries its checksum, and return the key."""
-    key = write_key(folder, name, checksum(data))
-    place.put(key, data)
-    return key
+def named(folder: str, name: str, data: bytes) -> tuple[str, bytes]:
+    """A container with a new key for it, which carries its checksum."""
+    return write_key(folder, name, checksum(data)), data
 
 
 def read_container(place: Place, folder: str, key: str) -> bytes:
-    """What `write_container` wrote. Raises QD403 where it is not there, or not the same."""
+    """What `named` gave the key. Raises QD403 where it is not there, or not the same."""
     told, data = written(folder, key), place.get(key)
     where = f"{place.where}/{key}"
     if told is None or data is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, cast
@@ -99,6 +99,18 @@ class RemotePlace:
         """Write the object only if there is none. Raises QD404, QD408."""
         # A request that the server fulfilled, but whose answer was lost, is refused when repeated.
         return self._create(key, data) or self.get(key) == data
+
+    def put_in_order(
+        self, objects: Sequence[tuple[str, bytes]], *, create_last: bool = False
+    ) -> bool:
+        """Write objects one after the other; False where the last was there already.
+
+        Raises QD404, QD408.
+        """
+        others = objects[:-1] if create_last else objects
+        for key, data in others:
+            self.put(key, data)
+        return not create_last or self.create(*objects[-1])
 
     def delete(self, key: str) -> None:
         """Remove the object, if there is one. Raises QD404, QD408."""

@@ -21,7 +21,7 @@ from qdist.store.nodes import Nodes
 from qdist.store.place import PARTIAL, Entry, Place
 from qdist.store.protocol import FinishedMerge
 from qdist.store.receipt import Batch, ShardReceipt, tap_set_digest
-from qdist.store.records import pack_record, read_container, unpack_record, write_container
+from qdist.store.records import named, pack_record, read_container, unpack_record
 
 _T = TypeVar("_T")
 
@@ -91,7 +91,6 @@ class ZarrStore:
         if mine != (receipt.tensors, receipt.n_samples, receipt.record_digest):
             raise ValueError("the receipt is of another record")
         self._require_root()
-        self._keep_tap_set(receipt)
         key = json_key(layout.RECEIPTS, receipt.id)
         # In this order: a receipt is there whole or not at all, so one that is there and cannot be
         # read is damaged, while one that cannot be read may have come a moment later.
@@ -99,17 +98,18 @@ class ZarrStore:
             if self._receipt(receipt.id) is not None:
                 return False
             self.place.delete(key)
-        folder = layout.RECORDS
-        kept_in = write_container(self.place, folder, receipt.id, pack_record(record))
+        kept_in, packed = named(layout.RECORDS, receipt.id, pack_record(record))
+        written = sealed({"receipt": receipt.to_json(), "record": kept_in})
         try:
-            is_first = self.place.create(
-                key, sealed({"receipt": receipt.to_json(), "record": kept_in})
+            is_first = self.place.put_in_order(
+                [*self._new_tap_set(receipt), (kept_in, packed), (key, written)], create_last=True
             )
         except StoreError as error:
             # Where no answer came, the receipt may yet be there, and it needs its record.
             if error.code != "QD408":
                 self._delete_if_possible(kept_in)
             raise
+        self._tap_sets[receipt.tap_set] = receipt.tensors
         if not is_first:
             self._delete_if_possible(kept_in)
         return is_first
@@ -297,14 +297,14 @@ class ZarrStore:
         receipt = self._receipt(id)
         return receipt.kept_in if receipt is not None else ""
 
-    def _keep_tap_set(self, receipt: ShardReceipt) -> None:
-        """Once per instance: the same bytes whoever writes them, so a damaged one is mended."""
-        if receipt.tap_set not in self._tap_sets:
-            data = sealed(list(receipt.tensors))
-            key = json_key(layout.TAP_SETS, receipt.tap_set)
-            if self.place.get(key) != data:
-                self.place.put(key, data)
-            self._tap_sets[receipt.tap_set] = receipt.tensors
+    def _new_tap_set(self, receipt: ShardReceipt) -> list[tuple[str, bytes]]:
+        """The object to write, once per instance: the same bytes whoever writes them, so a damaged
+        one is mended."""
+        if receipt.tap_set in self._tap_sets:
+            return []
+        data = sealed(list(receipt.tensors))
+        key = json_key(layout.TAP_SETS, receipt.tap_set)
+        return [] if self.place.get(key) == data else [(key, data)]
 
     def _tap_set(self, digest: str) -> tuple[str, ...]:
         """The tensors of a stored tap set. Raises one of `UNREADABLE` where absent or damaged."""

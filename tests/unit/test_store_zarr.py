@@ -22,6 +22,7 @@ import pytest
 import zarr
 import zarr.storage
 from numpy.typing import NDArray
+from zarr.codecs import BloscCodec, Crc32cCodec
 
 from qdist.errors import ConfigError, StoreError
 from qdist.stats.record import CalibrationRecord
@@ -288,6 +289,54 @@ def test_chunks_are_decoded_as_zarr_decodes_them(
             assert chunks.decoded(name, {k: m for k, m in members.items() if k != key}) is None
 
 
+def by_zarr(arrays: dict[str, NDArray[Any]], n_items: int) -> dict[str, bytes]:
+    """The members of a group that Zarr itself writes with the settings of `Container.pack`."""
+    members: dict[str, Any] = {}
+    group = zarr.create_group(zarr.storage.MemoryStore(members), attributes={"n": {"of": [1, "ü"]}})
+    for name, values in arrays.items():
+        row = max(1, int(np.prod(values.shape[1:])))
+        n_rows = max(1, min(values.shape[0], n_items // row))
+        group.create_array(
+            name,
+            shape=values.shape,
+            dtype=values.dtype,
+            chunks=(n_rows, *(max(1, n) for n in values.shape[1:])),
+            compressors=(
+                BloscCodec(
+                    cname="zstd",
+                    clevel=1,
+                    shuffle="shuffle",
+                    blocksize=chunks.BLOCK_BYTES,
+                    typesize=values.dtype.itemsize,
+                ),
+                Crc32cCodec(),
+            ),
+            fill_value=np.nan if values.dtype.kind == "f" else np.array(-1).astype(values.dtype),
+            config={"write_empty_chunks": True},
+        )[...] = values
+    return {key: buffer.to_bytes() for key, buffer in members.items()}
+
+
+@pytest.mark.parametrize("n_items", [1, 4, 10, CHUNK_ITEMS])
+def test_members_are_what_zarr_would_write(n_items: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(container, "CHUNK_ITEMS", n_items)
+    arrays = record_of(5).arrays() | {
+        "none": np.zeros((0, 6), np.int64),
+        "empty": np.zeros((3, 0, 2), np.float32),
+        "rows": np.arange(2 * 7, dtype=np.float32).reshape(7, 2),
+        "turned": np.arange(2 * 7, dtype=np.float64).reshape(7, 2).T,
+        "big-endian": np.arange(7, dtype=">i4"),
+        "deep": np.arange(2 * 3 * 5, dtype=np.uint64).reshape(5, 3, 2),
+        "bytes": np.arange(11, dtype=np.uint8),
+    }
+    ours = Container(arrays=arrays, attributes={"n": {"of": [1, "ü"]}})
+    theirs = by_zarr(arrays, n_items)
+    found = members_of(ours.pack())
+    assert found.keys() == theirs.keys()
+    for key, content in theirs.items():
+        assert found[key] == content, key
+
+
 def test_a_chunk_of_another_size_is_refused() -> None:
     one, other = (
         members_of(Container(arrays={"a": np.arange(n)}, attributes={}).pack()) for n in (5, 6)
@@ -525,36 +574,54 @@ from qdist.store.sweep import sweep
 from qdist.store.zarr_store import open_store
 from tests.records import BATCHES, receipt_of, record_of
 store, record = open_store(sys.argv[1]), record_of(7)
-real, left = os.fsync, [int(sys.argv[2])]
-def fsync(descriptor):
+name, left = sys.argv[2], [int(sys.argv[3])]
+real = getattr(os, name)
+def killing(*arguments):
     left[0] -= 1
     if left[0] < 0:
         os.kill(os.getpid(), signal.SIGKILL)
-    real(descriptor)
-local.os.fsync = fsync
+    real(*arguments)
+setattr(local.os, name, killing)
 store.commit(receipt_of(record, BATCHES[5]), record)
 """
 
 
-@pytest.mark.parametrize("n_synced", [0, 1, 2])
-def test_a_process_that_is_killed_while_it_writes_leaves_nothing_that_counts(
-    filled: Filled, n_synced: int
-) -> None:
-    store, receipts = filled
+def killed_in(call: str, n_before: int, store: ZarrStore) -> None:
+    """Commit a record in a process that is killed in one of its system calls."""
     done = subprocess.run(
-        [sys.executable, "-c", _KILLED, store.location, str(n_synced)],
+        [sys.executable, "-c", _KILLED, store.location, call, str(n_before)],
         cwd=Path(__file__).parents[2],
         check=False,
     )
     assert done.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("call", "n_before"), [("fsync", 0), ("fsync", 1), ("replace", 0), ("link", 0)]
+)
+def test_a_process_that_is_killed_while_it_writes_leaves_nothing_that_counts(
+    filled: Filled, call: str, n_before: int
+) -> None:
+    store, receipts = filled
+    killed_in(call, n_before, store)
     assert {r.id for r in store.receipts()} == {r.id for r in receipts}
     record = record_of(7)
     assert store.commit(receipt_of(record, BATCHES[5]), record) is True
     swept = sweep(store, older_than_s=0)
-    assert len(swept.removed) == (1 if n_synced < 2 else 2)
+    # The record and the receipt, each under its own name or that of an unfinished file.
+    assert len(swept.removed) == 2
     assert len(store.receipts()) == 4
     for receipt in store.receipts():
         store.read(receipt)
+
+
+def test_what_is_linked_counts_though_its_folder_was_not_synced(filled: Filled) -> None:
+    store, receipts = filled
+    killed_in("fsync", 2, store)
+    assert len(store.receipts()) == len(receipts) + 1
+    for receipt in store.receipts():
+        store.read(receipt)
+    assert store.commit(receipt_of(record_of(7), BATCHES[5]), record_of(7)) is False
 
 
 def test_many_writers_of_one_local_object_have_one_winner(tmp_path: Path) -> None:
