@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cache, cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qdist.stats import grid
+from qdist.stats.density_kernels import (
+    intervals_of,
+    magnitudes_of,
+    points_of,
+    sum_of_squares,
+)
 from qdist.stats.kernels import mass_below
+
+_NONE = np.zeros(0, np.float64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,9 +53,10 @@ class Exact:
             first_bin = grid.POSITIVE_INFINITY
         elif largest.size >= limit:
             first_bin = int(grid.bin_of(largest[-1:])[0] & np.uint16(0x7FFF)) + 1
-        known = largest[(grid.bin_of(largest) & np.uint16(0x7FFF)) >= first_bin]
-        unique, counts = np.unique(known.astype(np.float64), return_counts=True)
-        return cls(values=unique, counts=counts.astype(np.float64), first_bin=first_bin)
+        # They descend, so those of lesser bins are the last.
+        n_known = int(np.count_nonzero((grid.bin_of(largest) & np.uint16(0x7FFF)) >= first_bin))
+        values, counts = points_of(largest, n_known)
+        return cls(values=values, counts=counts, first_bin=first_bin)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,32 +101,28 @@ class Histogram:
     @cached_property
     def finite(self) -> Density:
         """The finite values as a density on intervals, ascending; exact ones as point masses."""
-        keep = (self.bins & np.uint16(0x7FFF)) < grid.POSITIVE_INFINITY
+        first_bin, points, masses = int(grid.POSITIVE_INFINITY), _NONE, _NONE
         if self.exact is not None:
-            keep = (self.bins & np.uint16(0x7FFF)) < self.exact.first_bin
-        bins, counts = self.bins[keep], self.counts[keep]
-        # Those of negative values come last, the one nearest to zero first.
-        n_positive = int(np.searchsorted(bins, np.uint16(0x8000)))
-        edges = grid.edges_of(_negative_first(bins, n_positive))
-        # The exact extrema cut the outermost bins.
-        lower = np.clip(edges.lower, self.minimum, self.maximum)
-        upper = np.clip(edges.upper, self.minimum, self.maximum)
-        masses = _negative_first(counts, n_positive).astype(np.float64)
-        if self.exact is None or not self.exact.values.size:
-            return Density(lower=lower, upper=upper, counts=masses)
-        # Their magnitudes are beyond those of all other bins.
-        points, n = self.exact.values, self.exact.counts
-        zero = int(np.searchsorted(points, 0.0))
-        return Density(
-            lower=np.concatenate([points[:zero], lower, points[zero:]]),
-            upper=np.concatenate([points[:zero], upper, points[zero:]]),
-            counts=np.concatenate([n[:zero], masses, n[zero:]]),
+            first_bin, points = min(first_bin, self.exact.first_bin), self.exact.values
+            masses = self.exact.counts
+        edges = _magnitude_edges()
+        lower, upper, counts = intervals_of(
+            self.bins,
+            self.counts,
+            first_bin,
+            (self.minimum, self.maximum),
+            edges.lower,
+            edges.upper,
+            points,
+            masses,
         )
+        return Density(lower=lower, upper=upper, counts=counts)
 
 
-def _negative_first(values: NDArray[Any], n_positive: int) -> NDArray[Any]:
-    """From ascending bins to ascending values."""
-    return np.concatenate([values[n_positive:][::-1], values[:n_positive]])
+@cache
+def _magnitude_edges() -> grid.BinEdges:
+    """The ends of all finite bins without a sign."""
+    return grid.edges_of(np.arange(grid.POSITIVE_INFINITY, dtype=np.uint16))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,24 +166,14 @@ class Density:
         """Mean of x^2 over the density; 0 when empty."""
         if self.is_empty:
             return 0.0
-        square = (self.lower**2 + self.lower * self.upper + self.upper**2) / 3
-        return float(np.dot(self.counts, square) / self.total)
+        return sum_of_squares(self.lower, self.upper, self.counts) / self.total
 
     def magnitudes(self) -> Density:
         """The density of |x|. Where intervals of both signs overlap they become one."""
         if self.is_empty:
             return self
-        lower = np.maximum(np.maximum(self.lower, -self.upper), 0.0)
-        upper = np.maximum(self.upper, -self.lower)
-        order = np.argsort(lower, kind="stable")
-        lower, upper, counts = lower[order], upper[order], self.counts[order]
-        reach = np.maximum.accumulate(upper)
-        first = np.flatnonzero(np.append(True, lower[1:] >= reach[:-1]))
-        return Density(
-            lower=lower[first],
-            upper=np.maximum.reduceat(upper, first),
-            counts=np.add.reduceat(counts, first),
-        )
+        lower, upper, counts = magnitudes_of(self.lower, self.upper, self.counts)
+        return Density(lower=lower, upper=upper, counts=counts)
 
     def share_outside(self, low: float, high: float) -> float:
         """Share of the values below ``low`` or above ``high``."""
