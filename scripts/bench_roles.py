@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from bench_engine import (
 )
 from bench_models import Case
 from bench_ort import collect, make_calibrator
-from bench_timing import memory_bytes
+from bench_timing import lap, memory_bytes
 
 
 def answer(value: Any) -> None:
@@ -60,17 +62,38 @@ def memory_of_ort(arguments: Mapping[str, Any]) -> None:
     del session
 
 
+def calibrations(arguments: Mapping[str, Any]) -> None:
+    """Calibrate into a new store each time that a line comes in; answer what it took."""
+    subject = Subject(Case.from_json(arguments["case"]), arguments["n_samples"])
+    job = subject.job(arguments["taps"])
+    observer = new_observer(job)
+    store = Path(arguments["store"])
+
+    def calibrate() -> dict[str, float]:
+        done, spent = lap(lambda: calibrate_once(job, observer, subject.source, store))
+        shutil.rmtree(store)
+        return {**asdict(done), "commit_s": spent.commit_s, "finish_s": spent.finish_s}
+
+    calibrate()
+    answer(len(job.taps.points))
+    for _ in sys.stdin:
+        answer(calibrate())
+
+
 def float_runs(arguments: Mapping[str, Any]) -> None:
-    """Run the float model over all samples each time that a line comes in; answer the seconds."""
+    """Run the float model over all samples each time that a line comes in; answer what it
+    took."""
     subject = Subject(Case.from_json(arguments["case"]), arguments["n_samples"])
     session = _run_plain(subject)
     batches = subject.batches()
-    answer("ready")
-    for _ in sys.stdin:
-        begin = time.perf_counter()
+
+    def run() -> None:
         for keys in batches:
             session.run(None, subject.feeds(keys))
-        answer(time.perf_counter() - begin)
+
+    answer("ready")
+    for _ in sys.stdin:
+        answer(asdict(lap(run)[0]))
 
 
 def shards(arguments: Mapping[str, Any]) -> None:
@@ -97,6 +120,7 @@ def _run_plain(subject: Subject) -> Any:
 ROLES: dict[str, Callable[[Mapping[str, Any]], None]] = {
     "memory of ours": memory_of_ours,
     "memory of ort": memory_of_ort,
+    "calibrations": calibrations,
     "float runs": float_runs,
     "shards": shards,
 }

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_engine import Spent, Subject, calibrate_once, counter, new_observer, user_session
-from bench_timing import cpu, paired, ratio, wall
+from bench_engine import Subject, counter
+from bench_timing import Lap, Role, cpu, paired, ratio, wall
 
 NS_PER_ELEMENT = 0.6
 """What counting one element may take in the bound for the models other than the encoder."""
@@ -20,10 +19,51 @@ KERNEL_BYTES = 1 << 28
 Say = Callable[[str], None]
 
 
+class _Sides:
+    """What is calibrated and what runs the float model, each in a process of its own as a user has
+    it, in which nothing else takes memory or caches; one at a time."""
+
+    def __init__(self, subject: Subject, folder: Path) -> None:
+        arguments = {"case": subject.case.to_json(), "n_samples": len(subject.source.keys())}
+        self.calibrations = {
+            taps: Role(
+                "calibrations", {**arguments, "taps": taps, "store": str(folder / f"{taps}.zarr")}
+            )
+            for taps in ("compute", "all")
+        }
+        self._plain = Role("float runs", arguments)
+        self.n_taps: dict[str, int] = {}
+        self.spent: dict[str, list[dict[str, float]]] = {taps: [] for taps in self.calibrations}
+
+    def __enter__(self) -> _Sides:
+        self.n_taps = {taps: role.answer() for taps, role in self.calibrations.items()}
+        self._plain.answer()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for role in (*self.calibrations.values(), self._plain):
+            role.__exit__()
+
+    def plain(self) -> Lap:
+        """One run of the user's model over all samples."""
+        return _lap_of(self._plain)[0]
+
+    def calibrated(self, taps: str) -> Lap:
+        """One calibration."""
+        done, found = _lap_of(self.calibrations[taps])
+        self.spent[taps].append(found)
+        return done
+
+
+def _lap_of(role: Role) -> tuple[Lap, dict[str, float]]:
+    role.ask()
+    found: dict[str, float] = role.answer()
+    return Lap(wall_s=found["wall_s"], cpu_s=found["cpu_s"]), found
+
+
 def speed(subject: Subject, folder: Path, n_rounds: int, say: Say) -> dict[str, Any]:
     """Ratios to the plain float run, the bound, CPU-seconds per sample and the share of commits."""
     n = len(subject.source.keys())
-    plain = user_session(subject.case)
     frozen = subject.frozen_session()
     tapped = {flag: subject.tapped_session(optimized=flag) for flag in (False, True)}
     batches = subject.batches()
@@ -32,30 +72,22 @@ def speed(subject: Subject, folder: Path, n_rounds: int, say: Say) -> dict[str, 
         for keys in batches:
             session.run(None, subject.feeds(keys))
 
-    spent: dict[str, list[Spent]] = {"compute": [], "all": []}
-    jobs = {taps: subject.job(taps) for taps in spent}
-    observers = {taps: new_observer(job) for taps, job in jobs.items()}
-
-    def calibrated(taps: str) -> None:
-        store = folder / f"{taps}.zarr"
-        done = calibrate_once(jobs[taps], observers[taps], subject.source, store)
-        spent[taps].append(done)
-        shutil.rmtree(store)
-
-    actions: dict[str, Callable[[], None]] = {
-        "plain": lambda: float_run(plain),
-        "compute taps": lambda: calibrated("compute"),
-        "all taps": lambda: calibrated("all"),
-        "frozen": lambda: float_run(frozen),
-        "returned": lambda: float_run(tapped[False]),
-        "returned, optimized": lambda: float_run(tapped[True]),
-    }
-    for action in actions.values():
-        action()
-    for found in spent.values():
-        found.clear()
-    say("warm")
-    laps = paired(actions, n_rounds, say)
+    with _Sides(subject, folder) as sides:
+        actions: dict[str, Callable[[], Lap | None]] = {
+            "plain": sides.plain,
+            "compute taps": lambda: sides.calibrated("compute"),
+            "all taps": lambda: sides.calibrated("all"),
+            "frozen": lambda: float_run(frozen),
+            "returned": lambda: float_run(tapped[False]),
+            "returned, optimized": lambda: float_run(tapped[True]),
+        }
+        for action in actions.values():
+            action()
+        for found in sides.spent.values():
+            found.clear()
+        say("warm")
+        laps = paired(actions, n_rounds, say)
+    spent = sides.spent["all"]
     n_elements = _n_elements(tapped[False], subject)
     walls = {name: wall(found) for name, found in laps.items()}
     returned = [
@@ -76,17 +108,17 @@ def speed(subject: Subject, folder: Path, n_rounds: int, say: Say) -> dict[str, 
         "ratio_all_taps_cpu": ratio(cpus["all taps"], cpus["plain"]),
         "all_taps_vs_bound": ratio(walls["all taps"], [one + counting_s for one in returned]),
         "all_taps_vs_strict_bound": ratio(walls["all taps"], [one + counting_s for one in strict]),
-        "commit_share": statistics.median(s.commit_s / s.total_s for s in spent["all"]),
+        "commit_share": statistics.median(s["commit_s"] / s["wall_s"] for s in spent),
         "cpu_s_per_sample": {name: statistics.median(found) / n for name, found in cpus.items()},
         "detail": {
             "n_samples": n,
             "n_rounds": n_rounds,
-            "n_taps": {taps: len(job.taps.points) for taps, job in jobs.items()},
+            "n_taps": sides.n_taps,
             "elements_per_sample": n_elements / n,
             "seconds": {name: statistics.median(found) for name, found in walls.items()},
             "of_all_taps_s": {
-                "commit": statistics.median(s.commit_s for s in spent["all"]),
-                "finish": statistics.median(s.finish_s for s in spent["all"]),
+                "commit": statistics.median(s["commit_s"] for s in spent),
+                "finish": statistics.median(s["finish_s"] for s in spent),
             },
         },
     }

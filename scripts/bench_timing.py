@@ -41,15 +41,16 @@ def paired(
     """Run every action once per round; each round begins with another one, from ``first`` on.
 
     A machine that others use gets slower and faster within minutes, so only laps of one round are
-    compared with one another, and the order must favour nobody.
+    compared with one another, and the order must favour nobody. An action that runs in another
+    process gives its own `Lap`.
     """
     laps: dict[str, list[Lap]] = {name: [] for name in actions}
     names = list(actions)
     for index in range(n_rounds):
         turn = (first + index) % len(names)
         for name in names[turn:] + names[:turn]:
-            done, _ = lap(actions[name])
-            laps[name].append(done)
+            done, result = lap(actions[name])
+            laps[name].append(result if isinstance(result, Lap) else done)
         times = ", ".join(f"{name} {laps[name][-1].wall_s:.2f} s" for name in names)
         say(f"{times} ({index + 1}/{n_rounds})" if n_rounds > 1 else times)
     return laps

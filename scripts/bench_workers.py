@@ -72,10 +72,10 @@ def two_workers(
             counts = (1, 2) if index % 2 == 0 else (2, 1)
             rates = {n: throughput(subject, n, folder / f"w{n}.zarr") for n in counts}
             left.ask()
-            alone_s = left.answer()
+            alone_s = left.answer()["wall_s"]
             for role in (left, right):
                 role.ask()
-            both_s = max(role.answer() for role in (left, right))
+            both_s = max(role.answer()["wall_s"] for role in (left, right))
             speedups.append(rates[2] / rates[1])
             scalings.append(2 * alone_s / both_s)
             say(
