@@ -13,11 +13,12 @@ SIGNS = {False: "asymmetric", True: "symmetric"}
 def markdown(results: dict[str, Any]) -> str:
     """All tables: the summary, our default against ONNX Runtime's best, 16 bits, pickers, and every
     method of each model."""
-    models = {n: m for n, m in results["models"].items() if "skipped" not in m}
+    models = {n: m for n, m in results["models"].items() if "rows" in m}
     about = results["about"]
     lines = [
-        f"{about['machine']['processor']}; {about['total_s'] / 60:.0f} minutes, "
-        f"{about['peak_memory_mb'] / 1024:.1f} GB at most.",
+        f"{about['machine']['processor']}; {about['total_s'] / 60:.0f} minutes with --jobs "
+        f"{about['jobs']}, {about['peak_memory_mb'] / 1024:.1f} GB a process at most.",
+        *(f"{name}: not finished." for name, m in models.items() if "unfinished" in m),
         "",
         "### Our default, and the best of ONNX Runtime's",
         "",
@@ -42,6 +43,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 def _against(models: dict[str, Model]) -> Iterable[str]:
     head = ["model", "activations", "metric", "ours", "theirs", "best of theirs", "ours - theirs"]
+    head += ["right alone, ours : theirs"]
     rows = [
         [
             name,
@@ -51,6 +53,7 @@ def _against(models: dict[str, Model]) -> Iterable[str]:
             _number(entry["theirs"]),
             entry["best"],
             _interval(entry),
+            _apart(entry["discordant"]),
         ]
         for name, model in models.items()
         for entry in model["against_ort"]
@@ -132,6 +135,10 @@ def _methods(model: Model) -> Iterable[str]:
 def _interval(entry: Row) -> str:
     worse = " **worse**" if entry["is_worse"] else ""
     return f"{entry['difference']:+.4f} ({entry['low']:+.4f} .. {entry['high']:+.4f}){worse}"
+
+
+def _apart(entry: Row | None) -> str:
+    return "" if entry is None else f"{entry['ours']} : {entry['theirs']} (p = {entry['p']:.2f})"
 
 
 def _number(value: float) -> str:
