@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -46,6 +47,8 @@ def main() -> int:
     if options.markdown is not None:
         print(markdown(json.loads(options.markdown.read_text("utf-8"))))
         return 0
+    # Being told to stop ends what was started, too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     run = _Run(options)
     names = tuple(options.only or (QUICK_MODELS if options.quick else CASES))
     with tempfile.TemporaryDirectory(prefix="qdist-accuracy-", dir=options.folder) as root:
@@ -70,7 +73,8 @@ class _Run:
 
     def say(self, text: str) -> None:
         """A line of progress."""
-        print(f"[{time.perf_counter() - self._begin:5.0f} s] {text}", file=sys.stderr, flush=True)
+        wall, cpu = time.perf_counter() - self._begin, time.process_time()
+        print(f"[{wall:5.0f} s, cpu {cpu:4.0f} s] {text}", file=sys.stderr, flush=True)
 
     def keep(self, models: dict[str, Any]) -> None:
         """Add results, or the rows of one so far, and write all: what is there by now outlives a
@@ -103,10 +107,15 @@ def _measure(run: _Run, name: str, folder: Path) -> None:
         return
     if options.quick:
         case = case.shortened(*QUICK)
+    cpu = time.process_time()
     methods = options.method or (("max",) if options.quick else tuple(METHODS))
     measured = Measured(case, folder, run.say)
     for found in measured.everything(methods, options.picker or PICKERS):
-        run.keep({name: {**found, "seconds": round(time.perf_counter() - begin, 1)}})
+        times = {
+            "seconds": round(time.perf_counter() - begin, 1),
+            "cpu_seconds": round(time.process_time() - cpu, 1),
+        }
+        run.keep({name: {**found, **times}})
 
 
 def _side_by_side(run: _Run, names: Sequence[str], root: Path) -> None:

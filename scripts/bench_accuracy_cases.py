@@ -320,12 +320,12 @@ def _write_chunks(model: Path, recording: Path, folder: Path) -> None:
     runner = Runner(model, Execution())
     state = np.zeros((2, 1, 128), np.float32)
     for i, start in enumerate(range(0, raw.size - CHUNK + 1, CHUNK)):
-        feeds = {
+        feeds: Feeds = {
             "input": signal[None, start : start + CONTEXT + CHUNK],
             "state": state,
             "sr": np.array(RATE, np.int64),
         }
-        np.savez(folder / f"{i:04d}.npz", **feeds)
+        np.savez(folder / f"{i:04d}.npz", allow_pickle=False, **feeds)
         state = runner.run(feeds)[runner.output_names.index("stateN")]
 
 

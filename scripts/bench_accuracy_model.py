@@ -227,7 +227,7 @@ class Measured:
         do not agree."""
         if self._float is None:
             return 1.0 - float(row["agreement"])
-        return (self._float - row["score"]) * (1 if self._higher else -1)
+        return (self._float - float(row["score"])) * (1 if self._higher else -1)
 
 
 def _is(row: Row, tool: str, method: str, symmetric: bool) -> bool:
