@@ -31,7 +31,8 @@ PAIRS = {"improved_mse": JOINT_BINS}
 """Methods on linear bins of both signs, which find two bounds."""
 NEAR = 0.01
 """Bounds that differ by less than this share agree: of the bound, or of the width of a pair."""
-PLACEMENTS = 4
+PLACEMENTS, PAIR_PLACEMENTS = 4, 8
+"""Placements that are tried: more of them for pairs of bounds, which move less often."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +58,7 @@ def pinning(
     levels: Levels,
     method: str,
     parameters: Mapping[str, Any] | None = None,
-    placements: int = PLACEMENTS,
+    placements: int | None = None,
 ) -> Pinning | None:
     """How far the range of a method on linear bins is pinned down; None for other methods, and
     where there is nothing to search. The placements are the same every time."""
@@ -71,6 +72,8 @@ def pinning(
         return None
     n = int(given.get("bins", (DIVERGENCES | PAIRS)[name]))
     place = _signed if name in PAIRS else _magnitudes
+    usual = PAIR_PLACEMENTS if name in PAIRS else PLACEMENTS
+    placements = usual if placements is None else placements
     others = [find_threshold(other, levels, name, given) for other in place(density, n, placements)]
     ranges = np.array([(each.low, each.high) for each in (found, *others)])
     if name in DIVERGENCES:
