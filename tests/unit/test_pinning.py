@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from qdist.plan.choice import LayerChoice
+from qdist.plan.notes import pinning_notes
 from qdist.plan.planner import Planner, PlanSettings
 from qdist.stats.accumulator import Accumulator
 from qdist.stats.histogram import Density
 from qdist.stats.spec import StatisticsSpec
 from qdist.threshold.clip import Levels
 from qdist.threshold.divergence_kernels import fill_magnitudes
-from qdist.threshold.pinning import DIVERGENCES, PAIRS, pinning, placing_variance
+from qdist.threshold.pinning import DIVERGENCES, PAIRS, Pinning, pinning, placing_variance
 from qdist.threshold.registry import METHODS, find_threshold
 from tests.onnx_models import HeldSamples, frozen_from, model, normal, planner_for, value
 from tests.unit.test_simulate_integers import node
@@ -126,3 +127,15 @@ def test_a_plan_says_which_ranges_are_not_pinned_down(tmp_path: Path) -> None:
     # Another method of the same planner has no such note.
     other = planner.plan({"layer": replace(choice, saturation="mse")}).notes
     assert not any("so flat" in text for text in other)
+
+
+def test_a_note_names_what_is_flat_and_the_bounds(tmp_path: Path) -> None:
+    planner = planner_of(tmp_path)
+    plan = planner.plan({"layer": LayerChoice(saturation="improved_mse")})
+    loose = Pinning(bound=-1.0, least=-1.5, most=-1.0, width=4.0)
+    (note,) = pinning_notes(plan.layers, planner.taps, {("x", "improved_mse"): loose})
+    assert note.startswith("improved_mse: its squared error is so flat for 1 of 1 tensors")
+    assert note.endswith("x -1 (-1.5..-1)")
+    # A hundredth of the width is within what counts as the same.
+    pinned = replace(loose, least=-1.03)
+    assert pinning_notes(plan.layers, planner.taps, {("x", "improved_mse"): pinned}) == ()
