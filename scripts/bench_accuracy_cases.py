@@ -75,6 +75,7 @@ def _as_found(outputs: Outputs) -> Outputs:
 class AccuracyCase:
     """A model with its data. ``metric``: of the score; ``batch``: samples a run when scoring;
     ``loss_of_a_point``: by how much the score gets worse with what counts as one point;
+    ``n_ranking``: calibration samples that pickers run the model on;
     ``decision``: outputs -> the arrays whose largest entry along the last axis is what the model
     decides, for agreement."""
 
@@ -86,6 +87,7 @@ class AccuracyCase:
     batch: int = 32
     micro_batch: int = 4
     loss_of_a_point: float = 0.01
+    n_ranking: int = 8
     decision: Callable[[Outputs], Outputs] = _as_found
 
     def kept(self) -> AccuracyCase:
@@ -281,6 +283,7 @@ def _yolox(assets: Path, folder: Path) -> AccuracyCase:
         metric="sqnr_db",
         batch=1,
         micro_batch=1,
+        n_ranking=1,  # A run for each of its many layers takes minutes a sample.
     )
 
 

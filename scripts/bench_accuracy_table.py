@@ -11,8 +11,8 @@ SIGNS = {False: "asymmetric", True: "symmetric"}
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """All tables: the summary, our default against ONNX Runtime's best, 16 bits, pickers, and every
-    method of each model."""
+    """All tables: the summary, our default against ONNX Runtime's best, scores and coverage, every
+    method, 16 bits, pickers, and every row of each model."""
     models = {n: m for n, m in results["models"].items() if "rows" in m}
     about = results["about"]
     lines = [
@@ -24,7 +24,11 @@ def markdown(results: dict[str, Any]) -> str:
         "",
         *_against(models),
         "",
-        "### Methods: agreement / SQNR in dB, weights per channel",
+        "### Scores of the default, and coverage",
+        "",
+        *_defaults(models),
+        "",
+        "### Methods: agreement / SQNR in dB",
         "",
         *_overview(models),
         "",
@@ -62,20 +66,53 @@ def _against(models: dict[str, Model]) -> Iterable[str]:
 
 
 def _overview(models: dict[str, Model]) -> Iterable[str]:
-    """One row for each method and symmetry, one column for each model."""
-    found: dict[tuple[str, str, bool], dict[str, str]] = {}
+    """One row for each method, granularity and symmetry, one column for each model."""
+    found: dict[tuple[str, str, str, bool], dict[str, str]] = {}
     for name, model in models.items():
         for row in model["rows"]:
-            if row["precision"] != "int8" or row["granularity"] != "channel":
+            if row["precision"] != "int8":
                 continue
-            key = (row["tool"], row["method"], row["symmetric"])
+            key = (row["tool"], row["method"], row["granularity"], row["symmetric"])
             values = "-" if "error" in row else f"{row['agreement']:.3f} / {row['sqnr_db']:.1f}"
             found.setdefault(key, {})[name] = values
-    head = ["tool", "method", "activations", *models]
+    head = ["tool", "method", "weights", "activations", *models]
     rows = [
-        [tool, method, SIGNS[symmetric], *(cells.get(name, "") for name in models)]
-        for (tool, method, symmetric), cells in sorted(found.items(), key=lambda e: e[0][2])
+        [tool, method, f"per {grain}", SIGNS[symmetric], *(cells.get(name, "") for name in models)]
+        for (tool, method, grain, symmetric), cells in sorted(
+            found.items(), key=lambda e: (e[0][3], e[0][2])
+        )
     ]
+    return _table(head, rows)
+
+
+def _defaults(models: dict[str, Model]) -> Iterable[str]:
+    """The score in each precision, and what is quantized by either side where it is int8."""
+    head = ["model", "metric", "float", "weights", "activations", "int8", "matmuls and convs"]
+    head += ["quantized activations: ours", "theirs"]
+    rows = []
+    for name, model in models.items():
+        own = "" if model["float"] is None else _number(model["float"])
+        for row in model["rows"]:
+            if row["precision"] != "int8" or row["method"] != "auto":
+                continue
+            theirs = {
+                str(other["n_activations"])
+                for other in model["rows"]
+                if other["tool"] != row["tool"]
+                and other["symmetric"] == row["symmetric"]
+                and "error" not in other
+            }
+            first = [name, model["metric"], own, f"per {row['granularity']}"]
+            rows.append(
+                [
+                    *first,
+                    SIGNS[row["symmetric"]],
+                    _number(row["score"]),
+                    f"{row['coverage']:.0%} of {row['n_compute']}",
+                    str(row["n_activations"]),
+                    ", ".join(sorted(theirs)),
+                ]
+            )
     return _table(head, rows)
 
 
