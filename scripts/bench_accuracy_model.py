@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import bench_accuracy_ort as ort_side
 from bench_accuracy_cases import AccuracyCase
 from bench_accuracy_ours import TARGET, calibrate, pick
-from bench_accuracy_scores import BESIDE, Scores, float_outputs, paired, score
+from bench_accuracy_scores import BESIDE, Scores, discordant, float_outputs, paired, score
 
 from qdist.errors import QdistError
 from qdist.evaluate.metrics import find_metric
@@ -41,22 +42,35 @@ class Measured:
         self._higher = find_metric(case.metric).higher_is_better
         self._scores: dict[tuple[Any, ...], Scores] = {}
 
-    def everything(self, methods: Sequence[str], pickers: Sequence[str]) -> dict[str, Any]:
+    def everything(
+        self, methods: Sequence[str], pickers: Sequence[str]
+    ) -> Iterator[dict[str, Any]]:
         """Rows of the default and these methods, the comparison with the best of ONNX Runtime's,
-        and what these pickers come to."""
+        and what these pickers come to: after every row, all that is known by then."""
         wanted = tuple(dict.fromkeys((DEFAULT.saturation, *methods)))
-        rows = [*self._methods(wanted), *self._wide(), *self._theirs()]
-        return {
+        rows: list[Row] = []
+        found: dict[str, Any] = {
             "metric": self._case.metric,
             "higher_is_better": self._higher,
             "float": self._float,
             "n_calibration": len(self._case.calibration.keys()),
             "n_evaluation": len(self._case.evaluation.keys()),
             "rows": rows,
-            "against_ort": self._against(rows),
-            "wide_against_float": self._against_float(rows),
-            "mixed": self._mixed(rows, pickers),
+            "against_ort": [],
+            "wide_against_float": [],
+            "mixed": [],
+            "unfinished": True,
         }
+        for row in chain(self._methods(wanted), self._wide(), self._theirs()):
+            rows.append(row)
+            yield found
+        found["against_ort"] = self._against(rows)
+        found["wide_against_float"] = self._against_float(rows)
+        for row in self._mixed(rows, pickers):
+            found["mixed"].append(row)
+            yield found
+        del found["unfinished"]
+        yield found
 
     def _methods(self, methods: Iterable[str]) -> Iterable[Row]:
         for symmetric in SYMMETRIES:
@@ -144,8 +158,10 @@ class Measured:
                 best, method = max(theirs, key=lambda each: sign * each[0].value(metric))
                 difference = paired(ours, best, metric)
                 worst_end = difference.high if higher else -difference.low
+                apart = discordant(ours, best, metric)
                 found.append(
                     {
+                        "discordant": None if apart is None else asdict(apart),
                         "symmetric": symmetric,
                         "metric": metric,
                         "best": method,
@@ -182,14 +198,11 @@ class Measured:
             )
         return found
 
-    def _mixed(self, rows: list[Row], pickers: Sequence[str]) -> list[Row]:
+    def _mixed(self, rows: list[Row], pickers: Sequence[str]) -> Iterator[Row]:
         """What pickers make of a default that falls more than a point short."""
-        if self._float is None:
-            return []
-        found = []
         for symmetric in SYMMETRIES:
             plain = next(r for r in rows if _is(r, "qdist", DEFAULT.saturation, symmetric))
-            gap = self._loss(plain["score"])
+            gap = self._loss(plain)
             if gap <= self._case.loss_of_a_point:
                 continue
             for name in pickers:
@@ -206,15 +219,15 @@ class Measured:
                     )
                     row |= {"picker": name, "n_raised": n_raised, "n_layers": n_layers}
                     if "error" not in row:
-                        row["closed"] = 1 - self._loss(row["score"]) / gap
-                    found.append(row)
-        return found
+                        row["closed"] = 1 - self._loss(row) / gap
+                    yield row
 
-    def _loss(self, value: float) -> float:
-        """By how much a score is worse than the float model's."""
+    def _loss(self, row: Row) -> float:
+        """By how much a score is worse than the float model's; without labels, how often the two
+        do not agree."""
         if self._float is None:
-            return 0.0
-        return self._float - value if self._higher else value - self._float
+            return 1.0 - float(row["agreement"])
+        return (self._float - float(row["score"])) * (1 if self._higher else -1)
 
 
 def _is(row: Row, tool: str, method: str, symmetric: bool) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,10 @@ def readable(case: AccuracyCase, frozen: FrozenModel, folder: Path) -> Path:
 def quantize(
     case: AccuracyCase, model: Path, method: str, path: Path, *, symmetric: bool
 ) -> str | None:
-    """Write ONNX Runtime's model to ``path``; None, or the error that it ended with."""
+    """Write ONNX Runtime's model to ``path``; None, or the error that it ended with.
+
+    Ranges are kept beside it for the other symmetry, which its calibrators do not know of.
+    """
     logging.getLogger().setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -80,6 +83,7 @@ def quantize(
                 activation_type=QuantType.QInt8,
                 weight_type=QuantType.QInt8,
                 calibrate_method=METHODS[method],
+                calibration_cache_path=path.with_name(f"{method}.json"),
                 extra_options={"ActivationSymmetric": symmetric},
             )
     except Exception as error:  # noqa: BLE001 - whatever it fails with is the result
@@ -103,11 +107,18 @@ class Covered:
 
 
 def coverage(path: Path) -> Covered:
-    """Counted in the file itself, in the same way for everyone's. Roundings to a floating-point
-    type, which are Casts, count as quantized."""
+    """Counted in the file itself, bodies of control flow included, in the same way for everyone's.
+    Roundings to a floating-point type, which are Casts, count as quantized."""
     graph = onnx.load(str(path), load_external_data=False).graph
-    maker = {name: node for node in graph.node for name in node.output}
-    constants = {tensor.name for tensor in graph.initializer}
+    return _covered(graph, {}, frozenset())
+
+
+def _covered(
+    graph: onnx.GraphProto, outside: Mapping[str, onnx.NodeProto], constants: frozenset[str]
+) -> Covered:
+    """``outside``, ``constants``: what the graph sees of those around it."""
+    maker = {**outside, **{name: node for node in graph.node for name in node.output}}
+    constants |= {tensor.name for tensor in graph.initializer}
     compute = [node for node in graph.node if node.op_type in COMPUTE]
 
     def is_quantized(name: str) -> bool:
@@ -116,10 +127,20 @@ def coverage(path: Path) -> Covered:
             node = maker.get(node.input[0])
         return node is not None and node.op_type in ("DequantizeLinear", "Cast")
 
-    n_quantized = sum(all(is_quantized(name) for name in node.input[:2]) for node in compute)
     stored = {
         node.input[0]
         for node in graph.node
         if node.op_type == "QuantizeLinear" and node.input[0] not in constants
     }
-    return Covered(n_compute=len(compute), n_quantized=n_quantized, n_activations=len(stored))
+    bodies = [
+        _covered(entry.g, maker, constants)
+        for node in graph.node
+        for entry in node.attribute
+        if entry.type == onnx.AttributeProto.GRAPH
+    ]
+    quantized = [all(is_quantized(name) for name in node.input[:2]) for node in compute]
+    return Covered(
+        n_compute=len(compute) + sum(body.n_compute for body in bodies),
+        n_quantized=sum(quantized) + sum(body.n_quantized for body in bodies),
+        n_activations=len(stored) + sum(body.n_activations for body in bodies),
+    )

@@ -37,8 +37,6 @@ from qdist.store.zarr_store import create_store
 PICKERS = ("end_to_end", "cosine", "variance", "hawq", "io_high")
 HIGH = "w8a16"
 """What pickers raise to: activations of 16 bits, the weights as they were."""
-N_RANKING = 8
-"""Calibration samples that pickers run the model on."""
 TARGET = Target(name="qdq", precisions=tuple(PRECISIONS))
 
 
@@ -102,7 +100,7 @@ def _ranking(
 ) -> Mapping[str, float]:
     """Layer -> the larger, the sooner it is raised. ``plain``: the layers that have a choice."""
     source, frozen = ours.case.calibration, ours.frozen
-    batch, n = ours.case.micro_batch, N_RANKING
+    batch, n = ours.case.micro_batch, ours.case.n_ranking
     settings = PickSettings(high=HIGH, low_share=0.8)
     match name:
         case "end_to_end":

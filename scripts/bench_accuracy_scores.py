@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from bench_accuracy_cases import AccuracyCase
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 
 from qdist.evaluate.builtin import Outputs, Runner, batches
 from qdist.evaluate.metrics import find_metric
@@ -54,8 +55,11 @@ def score(case: AccuracyCase, model: Path, reference: list[Outputs] | None) -> S
     for i, batch in enumerate(batches(case.evaluation, runner.inputs, case.batch)):
         outputs = runner.run(batch.feeds)
         expected = outputs if reference is None else reference[i]
-        for accumulator in found.values():
-            accumulator.update(outputs, batch.feeds, batch.labels, expected)
+        for name, accumulator in found.items():
+            pair = outputs, expected
+            if name == "agreement":
+                pair = case.decision(outputs), case.decision(expected)
+            accumulator.update(pair[0], batch.feeds, batch.labels, pair[1])
     return Scores(parts={name: accumulator.parts() for name, accumulator in found.items()})
 
 
@@ -85,6 +89,29 @@ def paired(ours: Scores, theirs: Scores, metric: str) -> Difference:
     low, high = np.percentile(one - other, (2.5, 97.5))
     mean = ours.value(metric) - theirs.value(metric)
     return Difference(mean=mean, low=float(low), high=float(high))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Discordant:
+    """Of samples that are right or wrong as a whole: on how many only one of two models is right,
+    and the exact two-sided p-value of McNemar's test that this is chance. Resampling finds too
+    narrow an interval where these are few: it is sure of 4 to 0, which chance does in one of 8.
+    """
+
+    ours: int
+    theirs: int
+    p: float
+
+
+def discordant(ours: Scores, theirs: Scores, metric: str) -> Discordant | None:
+    """None where a sample is more than right or wrong."""
+    (a, n), (b, _) = ours.parts[metric], theirs.parts[metric]
+    if not (n == 1).all() or not np.isin(np.concatenate([a, b]), (0.0, 1.0)).all():
+        return None
+    only_a, only_b = int(np.sum(a > b)), int(np.sum(b > a))
+    total = only_a + only_b
+    p = float(binomtest(only_a, total).pvalue) if total else 1.0
+    return Discordant(ours=only_a, theirs=only_b, p=p)
 
 
 def _quotients(

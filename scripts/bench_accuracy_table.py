@@ -11,19 +11,24 @@ SIGNS = {False: "asymmetric", True: "symmetric"}
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """All tables: the summary, our default against ONNX Runtime's best, 16 bits, pickers, and every
-    method of each model."""
-    models = {n: m for n, m in results["models"].items() if "skipped" not in m}
+    """All tables: the summary, our default against ONNX Runtime's best, scores and coverage, every
+    method, 16 bits, pickers, and every row of each model."""
+    models = {n: m for n, m in results["models"].items() if "rows" in m}
     about = results["about"]
     lines = [
-        f"{about['machine']['processor']}; {about['total_s'] / 60:.0f} minutes, "
-        f"{about['peak_memory_mb'] / 1024:.1f} GB at most.",
+        f"{about['machine']['processor']}; {about['total_s'] / 60:.0f} minutes with --jobs "
+        f"{about['jobs']}, {about['peak_memory_mb'] / 1024:.1f} GB a process at most.",
+        *(f"{name}: not finished." for name, m in models.items() if "unfinished" in m),
         "",
         "### Our default, and the best of ONNX Runtime's",
         "",
         *_against(models),
         "",
-        "### Methods: agreement / SQNR in dB, weights per channel",
+        "### Scores of the default, and coverage",
+        "",
+        *_defaults(models),
+        "",
+        "### Methods: agreement / SQNR in dB",
         "",
         *_overview(models),
         "",
@@ -42,6 +47,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 def _against(models: dict[str, Model]) -> Iterable[str]:
     head = ["model", "activations", "metric", "ours", "theirs", "best of theirs", "ours - theirs"]
+    head += ["right alone, ours : theirs"]
     rows = [
         [
             name,
@@ -51,6 +57,7 @@ def _against(models: dict[str, Model]) -> Iterable[str]:
             _number(entry["theirs"]),
             entry["best"],
             _interval(entry),
+            _apart(entry["discordant"]),
         ]
         for name, model in models.items()
         for entry in model["against_ort"]
@@ -59,20 +66,53 @@ def _against(models: dict[str, Model]) -> Iterable[str]:
 
 
 def _overview(models: dict[str, Model]) -> Iterable[str]:
-    """One row for each method and symmetry, one column for each model."""
-    found: dict[tuple[str, str, bool], dict[str, str]] = {}
+    """One row for each method, granularity and symmetry, one column for each model."""
+    found: dict[tuple[str, str, str, bool], dict[str, str]] = {}
     for name, model in models.items():
         for row in model["rows"]:
-            if row["precision"] != "int8" or row["granularity"] != "channel":
+            if row["precision"] != "int8":
                 continue
-            key = (row["tool"], row["method"], row["symmetric"])
+            key = (row["tool"], row["method"], row["granularity"], row["symmetric"])
             values = "-" if "error" in row else f"{row['agreement']:.3f} / {row['sqnr_db']:.1f}"
             found.setdefault(key, {})[name] = values
-    head = ["tool", "method", "activations", *models]
+    head = ["tool", "method", "weights", "activations", *models]
     rows = [
-        [tool, method, SIGNS[symmetric], *(cells.get(name, "") for name in models)]
-        for (tool, method, symmetric), cells in sorted(found.items(), key=lambda e: e[0][2])
+        [tool, method, f"per {grain}", SIGNS[symmetric], *(cells.get(name, "") for name in models)]
+        for (tool, method, grain, symmetric), cells in sorted(
+            found.items(), key=lambda e: (e[0][3], e[0][2])
+        )
     ]
+    return _table(head, rows)
+
+
+def _defaults(models: dict[str, Model]) -> Iterable[str]:
+    """The score in each precision, and what is quantized by either side where it is int8."""
+    head = ["model", "metric", "float", "weights", "activations", "int8", "matmuls and convs"]
+    head += ["quantized activations: ours", "theirs"]
+    rows = []
+    for name, model in models.items():
+        own = "" if model["float"] is None else _number(model["float"])
+        for row in model["rows"]:
+            if row["precision"] != "int8" or row["method"] != "auto":
+                continue
+            theirs = {
+                str(other["n_activations"])
+                for other in model["rows"]
+                if other["tool"] != row["tool"]
+                and other["symmetric"] == row["symmetric"]
+                and "error" not in other
+            }
+            first = [name, model["metric"], own, f"per {row['granularity']}"]
+            rows.append(
+                [
+                    *first,
+                    SIGNS[row["symmetric"]],
+                    _number(row["score"]),
+                    f"{row['coverage']:.0%} of {row['n_compute']}",
+                    str(row["n_activations"]),
+                    ", ".join(sorted(theirs)),
+                ]
+            )
     return _table(head, rows)
 
 
@@ -132,6 +172,10 @@ def _methods(model: Model) -> Iterable[str]:
 def _interval(entry: Row) -> str:
     worse = " **worse**" if entry["is_worse"] else ""
     return f"{entry['difference']:+.4f} ({entry['low']:+.4f} .. {entry['high']:+.4f}){worse}"
+
+
+def _apart(entry: Row | None) -> str:
+    return "" if entry is None else f"{entry['ours']} : {entry['theirs']} (p = {entry['p']:.2f})"
 
 
 def _number(value: float) -> str:

@@ -9,7 +9,7 @@ from qdist.model.taps import TapTable
 from qdist.plan.plan import LayerPlan
 from qdist.plan.range_rule import FIXED
 from qdist.threshold.consumer import Consumer
-from qdist.threshold.pinning import Pinning
+from qdist.threshold.pinning import DIVERGENCES, Pinning
 from qdist.threshold.registry import resolve
 
 
@@ -24,7 +24,7 @@ def plan_notes(
 def pinning_notes(
     layers: Sequence[LayerPlan], taps: TapTable, pinnings: Mapping[tuple[str, str], Pinning]
 ) -> tuple[str, ...]:
-    """Which ranges of divergences depend on how values lie within the stored bins."""
+    """Which ranges found on linear bins depend on how values lie within the stored ones."""
     found = {
         (entry.quantizer.method, taps.row_of(entry.tensor))
         for layer in layers
@@ -45,8 +45,9 @@ def pinning_notes(
             for row, pinned in list(loose.items())[:3]
         )
         more = ", ..." if len(loose) > 3 else ""
+        criterion = "divergence" if method in DIVERGENCES else "squared error"
         notes.append(
-            f"{method}: its divergence is so flat for {len(loose)} of {len(known)} tensors that "
+            f"{method}: its {criterion} is so flat for {len(loose)} of {len(known)} tensors that "
             f"a linear histogram may have another bound by more than 1 %: {shown}{more}"
         )
     return tuple(notes)

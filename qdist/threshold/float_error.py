@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -75,20 +76,20 @@ def expected_float_mse(density: Density, bound: float, kind: FloatType) -> float
         density.upper / scale,
         density.counts,
         cells(kind),
-        kind.mantissa_bits,
-        kind.least_exponent,
-        kind.largest,
     )
     return float(total) * scale * scale / density.total
 
 
+@cache
 def cells(kind: FloatType) -> NDArray[np.float64]:
-    """For every number of `positive_numbers` where its cell begins, and the integral of the squared
-    error from 0 to there: float64[2, n]."""
+    """Read-only, for every number of `positive_numbers`: where its cell begins, the integral of the
+    squared error from 0 to there, and the number itself; float64[3, n]."""
     levels = positive_numbers(kind)
     middles = np.concatenate([[0.0], (levels[:-1] + levels[1:]) / 2])
     whole = ((middles[1:] - levels[:-1]) ** 3 - (middles[:-1] - levels[:-1]) ** 3) / 3
-    return np.stack([middles, np.concatenate([[0.0], np.cumsum(whole)])])
+    found = np.stack([middles, np.concatenate([[0.0], np.cumsum(whole)]), levels])
+    found.setflags(write=False)
+    return found
 
 
 def positive_numbers(kind: FloatType) -> NDArray[np.float64]:
@@ -152,50 +153,42 @@ def _sum_error(
     upper: NDArray[np.float64],
     counts: NDArray[np.float64],
     table: NDArray[np.float64],
-    mantissa_bits: int,
-    least_exponent: int,
-    largest: float,
 ) -> float:
+    """Intervals ascend, so the cell of each is near that of the one before."""
     total = 0.0
+    index = 0
     for i in range(lower.size):
         a, b = lower[i], upper[i]
-        wide = b - a > 1e-12 * max(abs(a), abs(b))
-        if wide:
-            up_to_a = _integral(a, table, mantissa_bits, least_exponent, largest)
-            up_to_b = _integral(b, table, mantissa_bits, least_exponent, largest)
-            total += counts[i] * max(up_to_b - up_to_a, 0.0) / (b - a)
+        if b - a > 1e-12 * max(abs(a), abs(b)):
+            index = _cell(abs(a), table, index)
+            up_to_a = _integral(a, table, index)
+            index = _cell(abs(b), table, index)
+            total += counts[i] * max(_integral(b, table, index) - up_to_a, 0.0) / (b - a)
         else:
             x = abs(0.5 * (a + b))
-            _, level = _nearest(x, mantissa_bits, least_exponent, largest, table.shape[1] - 1)
-            total += counts[i] * (x - level) * (x - level)
+            index = _cell(x, table, index)
+            rest = x - table[2, index]
+            total += counts[i] * rest * rest
     return total
 
 
 @compiled
-def _nearest(
-    x: float, mantissa_bits: int, least_exponent: int, largest: float, last: int
-) -> tuple[int, float]:
-    """The index among `positive_numbers`, and the number itself, next to ``x >= 0``."""
-    if x >= largest:
-        return last, largest
-    exponent = max(math.frexp(x)[1] - 1, least_exponent)
-    step = 2.0 ** (exponent - mantissa_bits)
-    count = np.rint(x / step)
-    index = (exponent - least_exponent) * (1 << mantissa_bits) + int(count)
-    return min(index, last), min(count * step, largest)
+def _cell(size: float, table: NDArray[np.float64], start: int) -> int:
+    """The index among `positive_numbers` of the one next to ``size >= 0``, looked for from
+    ``start`` on; the last one for what saturates."""
+    last = table.shape[1] - 1
+    index = start
+    while index < last and size > table[0, index + 1]:
+        index += 1
+    while index > 0 and size < table[0, index]:
+        index -= 1
+    return index
 
 
 @compiled
-def _integral(
-    x: float,
-    table: NDArray[np.float64],
-    mantissa_bits: int,
-    least_exponent: int,
-    largest: float,
-) -> float:
-    """The integral of the squared error from 0 to ``x``, which is odd."""
-    size = abs(x)
-    index, level = _nearest(size, mantissa_bits, least_exponent, largest, table.shape[1] - 1)
-    rest, start = size - level, table[0, index] - level
+def _integral(x: float, table: NDArray[np.float64], index: int) -> float:
+    """The integral of the squared error from 0 to ``x``, which is odd and whose cell is known."""
+    level = table[2, index]
+    rest, start = abs(x) - level, table[0, index] - level
     found = table[1, index] + (rest * rest * rest - start * start * start) / 3.0
     return found if x >= 0.0 else -found

@@ -26,6 +26,7 @@ def warm() -> None:
     for method in METHODS:
         find_threshold(density, _INT8, method)
     pinning(density, _INT8, "kl", placements=1)
+    pinning(density, _INT8, "improved_mse", placements=1)
     float_threshold(density, FLOATS["fp8_e4m3"], "mse")
 
 

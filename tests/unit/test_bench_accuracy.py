@@ -15,7 +15,7 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 from bench_accuracy_ort import coverage  # noqa: E402
-from bench_accuracy_scores import Scores, paired  # noqa: E402
+from bench_accuracy_scores import Scores, discordant, paired  # noqa: E402
 
 from qdist.emit.qdq import emit_qdq  # noqa: E402
 from qdist.plan.choice import LayerChoice  # noqa: E402
@@ -50,6 +50,22 @@ def test_a_paired_interval_holds_the_difference_and_knows_equals() -> None:
     assert (back.low, back.high) == pytest.approx((-found.high, -found.low))
 
 
+def test_few_samples_that_one_model_alone_gets_right_prove_nothing() -> None:
+    one = np.ones(600, bool)
+    other = one.copy()
+    other[:4] = False
+    found = discordant(scores(one), scores(other), "agreement")
+    assert found is not None
+    assert (found.ours, found.theirs) == (4, 0)
+    assert found.p == pytest.approx(2 / 16)
+    assert paired(scores(one), scores(other), "agreement").low > 0
+    same = discordant(scores(one), scores(one), "agreement")
+    assert same is not None
+    assert same.p == 1.0
+    parts = Scores(parts={"agreement": (np.array([3.0, 4.0]), np.array([5.0, 5.0]))})
+    assert discordant(parts, parts, "agreement") is None
+
+
 def test_coverage_is_counted_in_the_file(tmp_path: Path) -> None:
     frozen = frozen_from(small_model(), tmp_path / "model.onnx")
     planner = planner_for(frozen, samples_of("x", 6), tmp_path / "store")
@@ -66,6 +82,24 @@ def test_coverage_is_counted_in_the_file(tmp_path: Path) -> None:
         found = coverage(path)
         assert (found.n_compute, found.n_quantized) == (2, quantized)
         assert found.n_activations == quantized
+
+
+def test_models_side_by_side_are_measured_alike(tmp_path: Path) -> None:
+    found = {}
+    for jobs in (1, 2):
+        written = tmp_path / f"{jobs}.json"
+        command = [str(SCRIPTS / "bench_accuracy.py"), "--quick", "--jobs", str(jobs)]
+        command += ["--only", "digits_cnn", "--only", "digits_vit", "--picker", "io_high"]
+        subprocess.run(
+            [sys.executable, *command, "--json", str(written)], check=True, capture_output=True
+        )
+        found[jobs] = json.loads(written.read_text("utf-8"))["models"]
+    assert list(found[1]) == list(found[2]) == ["digits_vit", "digits_cnn"]
+    for models in found.values():
+        for model in models.values():
+            assert "unfinished" not in model
+            del model["seconds"], model["cpu_seconds"]
+    assert found[1] == found[2]
 
 
 def test_a_smoke_run_measures_both_sides(tmp_path: Path) -> None:

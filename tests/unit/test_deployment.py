@@ -12,7 +12,7 @@ import pytest
 from onnx import helper
 from rich.console import Console
 
-from qdist.emit.deployment import deployment_notes
+from qdist.emit.deployment import artifact_notes, deployment_notes
 from qdist.emit.qdq import MODE_KEY, emit_qdq
 from qdist.evaluate.modes import compare_modes
 from qdist.model.freeze import FrozenModel
@@ -68,6 +68,25 @@ def test_processors_without_vnni_are_warned_about(
     assert deployment_notes(plan, "x86_64", (*OLD, "avx512_vnni")) == []
     assert deployment_notes(plan, "x86_64", (*OLD, "avx_vnni")) == []
     assert deployment_notes(plan, "aarch64", ("asimd",)) == []
+
+
+def test_a_file_tells_the_same_as_its_plan(
+    given: tuple[FrozenModel, Planner, HeldSamples], tmp_path: Path
+) -> None:
+    frozen, planner, _ = given
+    every: list[dict[str, Any]] = [{}, {"granularity": "tensor"}, {"precision": "int16"}]
+    every.append({"weight_range_bits": 7})
+    for i, settings in enumerate(every):
+        plan = ANY_TARGET.project(plan_of(planner, **settings))
+        for external in (False, True):
+            path = tmp_path / f"{i}{external}.onnx"
+            emit_qdq(frozen, plan, path)
+            if external:
+                onnx.save(onnx.load(path), path, save_as_external_data=True, size_threshold=0)
+            found = artifact_notes(path, "x86_64", OLD)
+            assert found == deployment_notes(plan.plan, "x86_64", OLD)
+            assert bool(found) == (i < 2)
+            assert artifact_notes(path, "x86_64", (*OLD, "avx512_vnni")) == []
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,7 @@ def run(context: Context[EvaluateSettings]) -> None:
         tracked.log_metrics({"score": after.score, "float_score": before.score, **after.metrics})
     context.console.print(_table(settings.model.name, before, after))
     context.say(f"{_mode(artifact)}, run as it is written: {artifact}")
+    context.notes(steps.artifact_deployment(artifact, context.execution))
 
 
 def _score_dumped(

@@ -21,7 +21,7 @@ from qdist.cli.selecting import selected
 from qdist.data.manifest import SampleManifest
 from qdist.data.random_source import RANDOM_WARNING
 from qdist.data.source import DataSource
-from qdist.emit.deployment import deployment_notes
+from qdist.emit.deployment import artifact_notes, deployment_notes
 from qdist.errors import ModelError, StoreError
 from qdist.files import write_json
 from qdist.model.difference import frozen_difference, opset_difference
@@ -334,6 +334,12 @@ def deployment(plan: QuantizationPlan, execution: Execution) -> list[str]:
     """Where ONNX Runtime's defaults on this processor would not compute what is scored."""
     found = fingerprint(execution)
     return deployment_notes(plan, str(found["machine"]), list(found["cpu_flags"]))
+
+
+def artifact_deployment(path: Path, execution: Execution) -> list[str]:
+    """The same of a model file whose plan is not known."""
+    found = fingerprint(execution)
+    return artifact_notes(path, str(found["machine"]), list(found["cpu_flags"]))
 
 
 def facts_table(title: str, facts: Iterable[tuple[str, str]]) -> Table:

@@ -115,7 +115,12 @@ def report(
             ("report", str(page)),
             ("dashboard", parent.url),
         ),
-        notes=(*notes, *plan.notes, *steps.plan_notes(plan)),
+        notes=(
+            *notes,
+            *plan.notes,
+            *steps.plan_notes(plan),
+            *steps.deployment(plan, context.execution),
+        ),
         seconds=context.seconds,
     )
     rows = [_row(trial, best.trial) for trial in trials]
