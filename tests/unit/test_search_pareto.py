@@ -351,3 +351,14 @@ def test_strategies_by_name_and_by_file(tmp_path: Path) -> None:
         check_strategy(f"{file}:Mute")
     with pytest.raises(ConfigError, match="QD104"):
         check_strategy("annealing")
+
+
+@pytest.mark.parametrize("n_trials", [1, 2, 3, 5, 7, 9])
+def test_a_search_with_fewer_trials_is_the_beginning_of_one_with_more(n_trials: int) -> None:
+    problem = problem_of(12, 3)
+    score = score_of(problem, 3)
+    few, many = (
+        search(Pareto(problem, SearchSettings(max_trials=n, patience=9)), score)
+        for n in (n_trials, 12)
+    )
+    assert [t.candidate.key for t in few] == [t.candidate.key for t in many][:n_trials]
