@@ -63,6 +63,7 @@ CONTENDERS: dict[str, Contender] = {
                 "search=icraft",
                 "search.options={chip: zhuge, priority: "
                 + priority
+                + (", threshold_level: 3" if priority == "accuracy" else "")
                 + ", cos_targetvalue: 0.99999}",
             ),
             ladder=ICRAFT,

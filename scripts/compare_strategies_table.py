@@ -39,13 +39,14 @@ class ModelRuns:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Beside:
     """Our search beside another over the same choices. ``equal_trials``: our best of as many trials
-    as the other used; ``equal_cost``: our best that costs no more than what the other ended with,
-    None without any. ``n_ours``: trials until one scored as well as that on what both saw;
-    ``n_within``: the same among plans that cost no more; None for never. ``n_theirs``: trials of
-    the other."""
+    as the other used, ``half_trials``: of half as many, from `LONG` on; ``equal_cost``: our best
+    that costs no more than what the other ended with, None without any. ``n_ours``: trials until
+    one scored as well as that on what both saw; ``n_within``: the same among plans that cost no
+    more; None for never. ``n_theirs``: trials of the other."""
 
     theirs: Tried
     equal_trials: Tried
+    half_trials: Tried | None
     equal_cost: Tried | None
     n_ours: int | None
     n_within: int | None
@@ -62,6 +63,7 @@ def beside(ours: Search, other: Search) -> Beside | None:
     return Beside(
         theirs=theirs,
         equal_trials=equal_trials,
+        half_trials=ours.best(n // 2) if n >= LONG else None,
         equal_cost=ours.best(cost=theirs.cost),
         n_ours=ours.n_to_reach(score),
         n_within=ours.n_to_reach(score, theirs.cost),
@@ -92,7 +94,7 @@ def reported(runs: ModelRuns) -> dict[str, Search]:
     for search in runs.searches.values():
         add(search.best(), search)
     for name, entry in all_beside(runs).items():
-        for ours in (entry.equal_trials, entry.equal_cost):
+        for ours in (entry.equal_trials, entry.half_trials, entry.equal_cost):
             add(ours, runs.searches[rival_of(name)])
     return found
 
@@ -148,7 +150,7 @@ def _strategies(models: Sequence[ModelRuns]) -> Iterable[str]:
 
 def _comparisons(models: Sequence[ModelRuns]) -> Iterable[str]:
     head = ["model", "beside", "equal trials: ours - theirs", "cost, ours / theirs"]
-    head += ["equal cost: ours - theirs", "trials to its score, ours / its", "at its cost"]
+    head += ["equal cost", "half its trials", "trials to its score, ours / its", "at its cost"]
     rows = []
     for runs in models:
         for name, entry in all_beside(runs).items():
@@ -160,6 +162,7 @@ def _comparisons(models: Sequence[ModelRuns]) -> Iterable[str]:
                     _shown(runs, entry.equal_trials, entry.theirs),
                     f"{ratio:.2f}",
                     _shown(runs, entry.equal_cost, entry.theirs),
+                    _shown(runs, entry.half_trials, entry.theirs) if entry.half_trials else "",
                     f"{_count(entry.n_ours)} / {entry.n_theirs}",
                     _count(entry.n_within),
                 ]
@@ -171,16 +174,18 @@ def _tally(models: Sequence[ModelRuns]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {
         "equal trials": [],
         "equal cost": [],
-        f"the other's score in half its trials (of {LONG} or more)": [],
-        "the same at the other's cost": [],
+        f"half the trials (where the other took {LONG} or more)": [],
+        "the other's own score on the seen samples in half its trials": [],
+        "the same at no more than its cost": [],
     }
-    trials, cost, half, within = found.values()
+    trials, cost, half, reached, within = found.values()
     for runs in models:
         for entry in all_beside(runs).values():
             trials.append(_outcome(runs, entry.equal_trials, entry.theirs))
             cost.append(_outcome(runs, entry.equal_cost, entry.theirs))
-            if entry.n_theirs >= LONG:
-                half.append(_in_time(entry.n_ours, entry.n_theirs))
+            if entry.half_trials is not None:
+                half.append(_outcome(runs, entry.half_trials, entry.theirs))
+                reached.append(_in_time(entry.n_ours, entry.n_theirs))
                 within.append(_in_time(entry.n_within, entry.n_theirs))
     return found
 

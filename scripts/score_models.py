@@ -88,7 +88,7 @@ MODELS: dict[str, Case] = {
             "data.calibration.preprocess={scale: 1.0, mean: [], std: []}",
             "data.calibration.limit=30",
             "data.evaluation.labels_file=null",
-            "data.evaluation.limit=32",
+            "data.evaluation.limit=24",
             *(
                 f"data.{part}.{setting}"
                 for part in ("calibration", "evaluation")

@@ -77,6 +77,7 @@ def test_equal_trials_and_equal_cost_choose_by_what_the_search_saw() -> None:
     assert found is not None
     assert found.theirs.plan == "theirs"
     assert found.equal_trials.plan == "high"  # the fourth trial came after theirs were used up
+    assert found.half_trials is None
     assert found.equal_cost is not None
     assert found.equal_cost.plan == "mid"
     assert (found.n_ours, found.n_within, found.n_theirs) == (3, 4, 3)
@@ -85,6 +86,11 @@ def test_equal_trials_and_equal_cost_choose_by_what_the_search_saw() -> None:
     assert found is not None
     assert found.equal_trials.plan == found.theirs.plan == "plain"
     assert (found.n_ours, found.n_within) == (1, 1)
+    long = search_of("greedy", [(0.1, 10.0, f"{n}") for n in range(8)])
+    found = beside(OURS, long)
+    assert found is not None
+    assert found.half_trials is not None
+    assert found.half_trials.plan == "high"
     cheap = search_of("greedy", [(0.95, 3.0, "cheap")])
     found = beside(OURS, cheap)
     assert found is not None
