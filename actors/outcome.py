@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -11,7 +11,7 @@ from qdist.evaluate.early import Incumbent
 from qdist.evaluate.function import FunctionEvaluation
 from qdist.evaluate.report import EvalReport
 from qdist.evaluate.scorer import Evaluation
-from qdist.search.trial import Trial
+from qdist.search.trial import Choices, Trial
 
 Stopped: TypeAlias = Literal["strategy", "trials", "target", "time", "interrupt"]
 """What ended a search: the strategy had nothing to ask, or a limit was reached, or Ctrl-C."""
@@ -53,11 +53,13 @@ class Outcome:
 class Hooks:
     """``on_trial`` hears of every trial as it ends, ``on_message`` of retries and losses.
     ``statistics(n)`` gives the file (`qdist.store.record_file`) of the statistics of the first n
-    samples; None where no candidate may ask for them."""
+    samples; None where no candidate may ask for them. ``costs``: what a plan costs, by name, to
+    stand beside its trial."""
 
     on_trial: Callable[[Trial], None] | None = None
     on_message: Callable[[str], None] | None = None
     statistics: Callable[[int], Path] | None = None
+    costs: Callable[[Choices], Mapping[str, float]] | None = None
 
 
 def incumbent_maker(

@@ -65,15 +65,17 @@ class TrialBook:
         self._by_key[key] = result.digest
         self._append({"key": key, "digest": result.digest})
 
-    def finish(self, trial: Trial, digest: str) -> None:
-        """Give a finished trial its folder, and note it if it is the best so far. Raises QD603."""
+    def finish(self, trial: Trial, digest: str, costs: Mapping[str, float] | None = None) -> None:
+        """Give a finished trial its folder, and note it if it is the best so far. ``costs``: of its
+        plan, by name. Raises QD603."""
         place = make_folder(trial_folder(self.folder, trial.candidate.number))
         if digest:
             self.plan_folder(digest).link_into(place)
-        write_json(place / TRIAL, trial_json(trial, digest))
+        shown = trial_json(trial, digest, costs or {})
+        write_json(place / TRIAL, shown)
         if trial.report is not None and (self._best_rank is None or trial.rank > self._best_rank):
             self._best_rank = trial.rank
-            write_json(self.folder / BEST, trial_json(trial, digest))
+            write_json(self.folder / BEST, shown)
 
     def _append(self, line: Mapping[str, Any]) -> None:
         path = self.folder / _JOURNAL
@@ -123,8 +125,8 @@ def trial_folder(folder: Path, number: int) -> Path:
     return folder / f"trial-{number:03d}"
 
 
-def trial_json(trial: Trial, digest: str) -> dict[str, Any]:
-    """A trial as JSON: where it comes from, what it changes, and what it gave."""
+def trial_json(trial: Trial, digest: str, costs: Mapping[str, float]) -> dict[str, Any]:
+    """A trial as JSON: where it comes from, what it changes, what it costs, and what it gave."""
     candidate = trial.candidate
     changed = {name: candidate.choices[name].to_json() for name in candidate.changed}
     return {
@@ -135,6 +137,7 @@ def trial_json(trial: Trial, digest: str) -> dict[str, Any]:
         "changed": changed,
         "plan": digest,
         "n_bytes": trial.n_bytes,
+        "costs": dict(costs),
         "reason": trial.reason,
         "report": None if trial.report is None else trial.report.to_json(),
         "details": dict(trial.details),

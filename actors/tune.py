@@ -282,7 +282,8 @@ class _Search:
         self._round.by_key[key].remove(candidate)
         self._round.finished.append(trial)
         self._n_reused += result.reused
-        self._book.finish(trial, result.digest)
+        costs = self._hooks.costs
+        self._book.finish(trial, result.digest, costs(candidate.choices) if costs else {})
         if self._hooks.on_trial is not None:
             self._hooks.on_trial(trial)
 

@@ -1,154 +1,149 @@
 #!/usr/bin/env python3
-"""Search strategies side by side on real models, with equal numbers of trials.
+"""Search strategies side by side on real models: score, cost, trials and time.
 
-    scripts/compare_strategies.py --assets FOLDER [NAME ...] [--trials N] [--json FILE]
+    scripts/compare_strategies.py --assets FOLDER [NAME ...] [--trials N] [--json FOLDER]
 
-Every row is one ``qdist tune`` as a user would type it, printed before it runs; all of a model
-share one calibration. The search sees half of the evaluation samples; beside the score on these
-stands that on the other half, on which nothing was chosen. Names are those of score_models.py.
+Every search is one ``qdist tune`` as a user would type it, printed before it runs; all of a model
+share one calibration. The search sees half of the evaluation samples; what is reported is measured
+on the other half, on which nothing was chosen. What is in the folder of ``--json``, one file a
+model, is not run again, so that a comparison that was stopped goes on, and models can be run beside
+each other. docs/strategies.md reads the tables.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from score_models import MODELS
+import numpy as np
+from bench_accuracy_scores import Parts
+from compare_strategies_runs import CONTENDERS, FIFTHS, Search, Unseen, place_of, run_search
+from compare_strategies_table import FLOAT, ModelRuns, markdown, reported
 
-STRATEGIES: dict[str, tuple[str, ...]] = {
-    "pareto": ("search=pareto",),
-    "greedy": ("search=greedy",),
-    **{
-        f"icraft {priority}": (
-            "search=icraft",
-            "search.precisions=[bf16,fp16,tf32]",
-            "search.options={chip: zhuge, priority: " + priority + ", cos_targetvalue: 0.99999}",
-        )
-        for priority in ("accuracy", "tradeoff", "performance")
-    },
-    "slimai": (
-        "search=smart_search",
-        "search.precisions=[int16]",
-        "search.granularities=[tensor]",
-        "search.options={accuracy_level: '0,1,2', range: '97:99'}",
-    ),
-    "knight": ("search=knight", "search.options={modes: [all], iterations: [1,5], batch_size: 10}"),
-    "optuna": ("search=optuna",),
-}
-"""What is shown -> the words of the command."""
+from qdist.files import make_folder, write_json
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One search. ``n_to_best``: trials up to and with the one that was kept. ``seconds``: of the
-    whole command, start-up included."""
+class Book:
+    """The searches and unseen scores of a model so far, in a file where there is one."""
 
-    model: str
-    strategy: str
-    metric: str
-    float_score: float
-    seen: float
-    unseen: float
-    n_bytes: int
-    n_trials: int
-    n_to_best: int
-    seconds: float
+    def __init__(self, model: str, path: Path | None, about: dict[str, Any]) -> None:
+        """``about``: what all searches share. Raises SystemExit for a file with other settings."""
+        self._path = path
+        self._about = about
+        self._searches: dict[str, Search] = {}
+        self._unseen: dict[str, Parts] = {}
+        self.runs = ModelRuns(name=model, searches=self._searches, unseen=self._unseen)
+        if path is None or not path.exists():
+            return
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if held["about"] != about:
+            raise SystemExit(f"{path} has searches with {held['about']}, not {about}")
+        for search in map(Search.from_json, held["searches"]):
+            self._searches[search.name] = search
+        for plan, parts in held["unseen"].items():
+            self._unseen[plan] = _arrays(parts)
+
+    def keep(self, search: Search) -> None:
+        """Add a search, or put it in the place of the same one."""
+        self._searches[search.name] = search
+        self._save()
+
+    def keep_unseen(self, plan: str, parts: Parts) -> None:
+        """Add a plan's score on the samples that no search saw."""
+        self._unseen[plan] = parts
+        self._save()
+
+    def _save(self) -> None:
+        if self._path is None:
+            return
+        about = {
+            "about": self._about,
+            "searches": [search.to_json() for search in self._searches.values()],
+            "unseen": {
+                plan: [part.tolist() for part in parts] for plan, parts in self._unseen.items()
+            },
+        }
+        write_json(self._path, about)
 
 
 def main() -> int:
-    """Run all searches; exit status of the first command that fails, else 0."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODELS)}")
-    parser.add_argument("--assets", type=Path, required=True, help="folder of models and data")
-    parser.add_argument("--trials", type=int, default=12, help="of each search (default 12)")
-    parser.add_argument(
-        "--strategy", action="append", choices=list(STRATEGIES), help="this one; may be repeated"
-    )
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    options = parser.parse_args()
-    unknown = [name for name in options.names if name not in MODELS]
-    if unknown:
-        parser.error(f"no model {unknown[0]!r}; there are {', '.join(MODELS)}")
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="qdist-strategies-") as folder:
-        for name in options.names or MODELS:
-            for strategy in options.strategy or STRATEGIES:
-                place = Path(folder) / strategy.replace(" ", "-")
-                begin = time.perf_counter()
-                status = _tune(name, strategy, options, place, Path(folder))
-                if status:
-                    return status
-                seconds = time.perf_counter() - begin
-                rows.append(_row(name, strategy, place / name, seconds))
-                print(_line(rows[-1]), file=sys.stderr, flush=True)
-            if options.json is not None:
-                text = json.dumps([asdict(row) for row in rows], indent=2)
-                options.json.write_text(text + "\n", encoding="utf-8")
-    print("| model | strategy | seen | unseen (float) | bytes | trials (to the best) | seconds |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for row in rows:
-        print(_line(row))
+    """Run what is missing and print the tables; exit status of the first command that fails, else
+    0."""
+    options = _options()
+    about = {"trials": options.trials, "sensitivity_samples": options.sensitivity_samples}
+    found: list[ModelRuns] = []
+    with tempfile.TemporaryDirectory(prefix="qdist-strategies-") as temporary:
+        folder = Path(temporary) if options.folder is None else options.folder.absolute()
+        for model in options.names:
+            path = None if options.json is None else make_folder(options.json) / f"{model}.json"
+            book = Book(model, path, about)
+            try:
+                _complete(book, folder, options)
+            except subprocess.CalledProcessError as error:
+                return error.returncode
+            found.append(book.runs)
+    print(markdown(found))
     return 0
 
 
-def _tune(name: str, strategy: str, options: argparse.Namespace, place: Path, folder: Path) -> int:
-    case = MODELS[name]
-    words = [
-        f"model.path={case.model}",
-        f"model.name={name}",
-        *case.data,
-        f"evaluation={case.evaluation}",
-        "evaluation.search_share=0.5",
-        *STRATEGIES[strategy],
-        f"search.max_trials={options.trials}",
-    ]
-    print(f"$ qdist tune {shlex.join(words)}", file=sys.stderr, flush=True)
-    filled = [word.replace("{assets}", str(options.assets.absolute())) for word in words]
-    own = [f"output.root={place}", f"store.path={folder / name}.zarr", "tracking=none"]
-    return subprocess.run(
-        [sys.executable, "-m", "qdist.cli", "tune", *filled, *own],
-        check=False,
-        stdout=subprocess.DEVNULL,
-    ).returncode
-
-
-def _row(name: str, strategy: str, place: Path, seconds: float) -> Row:
-    def read(path: Path) -> dict[str, object]:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-
-    unseen, best = read(place / "unseen.json"), read(place / "trials" / "best.json")
-    n_trials = len(list((place / "trials").glob("trial-*")))
-    report, after, before = best["report"], unseen["quantized"], unseen["float"]
-    assert isinstance(report, dict)
-    assert isinstance(after, dict)
-    assert isinstance(before, dict)
-    return Row(
-        model=name,
-        strategy=strategy,
-        metric=str(after["metric"]),
-        float_score=float(before["score"]),
-        seen=float(report["score"]),
-        unseen=float(after["score"]),
-        n_bytes=int(str(best["n_bytes"])),
-        n_trials=n_trials,
-        n_to_best=int(str(best["number"])) + 1,
-        seconds=seconds,
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FIFTHS)}")
+    parser.add_argument("--assets", type=Path, required=True, help="folder of models and data")
+    parser.add_argument("--trials", type=int, default=12, help="of each search (default 12)")
+    parser.add_argument(
+        "--sensitivity-samples", type=int, default=16, help="to measure layers on (default 16)"
     )
-
-
-def _line(row: Row) -> str:
-    return (
-        f"| {row.model} | {row.strategy} | {row.seen:.4f} "
-        f"| {row.unseen:.4f} ({row.float_score:.4f}) "
-        f"| {row.n_bytes:,} | {row.n_trials} ({row.n_to_best}) | {row.seconds:.0f} |"
+    parser.add_argument(
+        "--strategy", action="append", choices=list(CONTENDERS), help="this one; may be repeated"
     )
+    parser.add_argument("--json", type=Path, help="folder to keep searches and scores in")
+    parser.add_argument("--folder", type=Path, help="keep the searches' own files here")
+    options = parser.parse_args()
+    options.names = options.names or list(FIFTHS)
+    unknown = [name for name in options.names if name not in FIFTHS]
+    if unknown:
+        parser.error(f"no model {unknown[0]!r}; there are {', '.join(FIFTHS)}")
+    return options
+
+
+def _complete(book: Book, folder: Path, options: argparse.Namespace) -> None:
+    """Run the searches of a model that are missing, and score what the tables report."""
+    runs = book.runs
+
+    def run(name: str) -> None:
+        search = run_search(
+            runs.name, name, options.assets, folder, options.trials, options.sensitivity_samples
+        )
+        book.keep(search)
+        print(f"{runs.name}, {name}: {search.seconds:.0f} s", file=sys.stderr, flush=True)
+
+    for name in options.strategy or CONTENDERS:
+        if name not in runs.searches:
+            run(name)
+    unseen: Unseen | None = None
+    for plan, search in reported(runs).items():
+        if plan in runs.unseen:
+            continue
+        place = place_of(folder, runs.name, search.name)
+        if not place.exists():
+            # The scores came without the models that they are of.
+            run(search.name)
+        unseen = unseen or Unseen(place)
+        book.keep_unseen(FLOAT, unseen.float_parts)
+        number = next(entry.number for entry in search.tried if entry.plan == plan)
+        artifact = place / "trials" / f"trial-{number:03d}" / "model.onnx"
+        book.keep_unseen(plan, unseen.parts(artifact))
+
+
+def _arrays(parts: list[list[float]]) -> Parts:
+    numerators, denominators = (np.array(part, np.float64) for part in parts)
+    return numerators, denominators
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ class Case:
 
     model: str
     data: tuple[str, ...]
-    evaluation: str
+    evaluation: tuple[str, ...]
 
 
 _IMAGENET = "mean=[0.485,0.456,0.406]", "std=[0.229,0.224,0.225]"
@@ -36,7 +36,7 @@ MODELS: dict[str, Case] = {
     "squeezenet1.1": Case(
         model="{assets}/models/squeezenet1.1.onnx",
         data=("data=images", "data.path={assets}/data/imagenet100"),
-        evaluation="accuracy",
+        evaluation=("evaluation=accuracy",),
     ),
     "cifar10_resnet20": Case(
         model="{assets}/models/cifar10_resnet20.onnx",
@@ -45,12 +45,12 @@ MODELS: dict[str, Case] = {
             "data.path={assets}/data/cifar10_clean242_vnncomp.npz",
             *(f"data.calibration.preprocess.{setting}" for setting in _IMAGENET),
         ),
-        evaluation="accuracy",
+        evaluation=("evaluation=accuracy",),
     ),
     "cifar10_vit": Case(
         model="{assets}/models/cifar10_vit_ibp_3_3_8.onnx",
         data=("data=cifar10", "data.path={assets}/data/cifar10_clean242_vnncomp.npz"),
-        evaluation="accuracy",
+        evaluation=("evaluation=accuracy",),
     ),
     "stories260K": Case(
         model="{assets}/models/stories260K/model.onnx",
@@ -59,7 +59,43 @@ MODELS: dict[str, Case] = {
             "data.path={assets}/data/tinystories_120k.txt",
             "data.tokenizer={assets}/models/stories260K/tok512.bin",
         ),
-        evaluation="perplexity",
+        evaluation=("evaluation=perplexity",),
+    ),
+    "kws": Case(
+        model="{assets}/models/mlperf_tiny_kws_dscnn.onnx",
+        data=(
+            "data=arrays",
+            "data.path={assets}/data/kws01_mfcc.npz",
+            "data.calibration.inputs={input: x_int8}",
+            "data.calibration.limit=128",
+            "data.evaluation.start=128",
+            "data.evaluation.labels=y",
+            *(
+                f"data.{part}.preprocess={{mean: [83.0], std: [1.7102704], dtype: float32}}"
+                for part in ("calibration", "evaluation")
+            ),
+        ),
+        evaluation=("evaluation=accuracy",),
+    ),
+    # Pictures with boxes are too few, so it is scored without labels: by how close its outputs are
+    # to the float model's.
+    "yolox_nano": Case(
+        model="{assets}/models/yolox_nano_coco.onnx",
+        data=(
+            "data=images",
+            "data.path={assets}/data/imagenet100",
+            "data.calibration.input_name=images",
+            "data.calibration.preprocess={scale: 1.0, mean: [], std: []}",
+            "data.calibration.limit=30",
+            "data.evaluation.labels_file=null",
+            "data.evaluation.limit=24",
+            *(
+                f"data.{part}.{setting}"
+                for part in ("calibration", "evaluation")
+                for setting in ("crop=null", "letterbox=[416,416,114]", "color=BGR")
+            ),
+        ),
+        evaluation=("evaluation=metric", "evaluation.metric=sqnr_db", "evaluation.batch=1"),
     ),
 }
 
@@ -97,7 +133,7 @@ def _score(name: str, assets: Path, folder: Path, extra: list[str]) -> int:
     for command, words in (
         ("calibrate", [*model, *case.data]),
         ("quantize", [*model, *extra]),
-        ("evaluate", [*model, *case.data, f"evaluation={case.evaluation}"]),
+        ("evaluate", [*model, *case.data, *case.evaluation]),
     ):
         filled = [word.replace("{assets}", str(assets)) for word in words]
         print(f"$ qdist {command} {shlex.join(words)}", flush=True)

@@ -3,8 +3,10 @@
 1. *Probe*: the sensitivity of every layer to every choice, measured beforehand.
 2. *Solve*: least harm for a sweep of budgets, a multiple-choice knapsack (`qdist.search.knapsack`):
    the predicted front.
-3. *Verify*: the plain plan and both ends of the front first; then, round by round, the plans of the
-   predicted front that lie farthest in cost from everything verified.
+3. *Verify*: the plain plan, the best that there is, the best that costs no more than the plain,
+   and the cheapest; then, round by round, the plans of the predicted front that lie farthest in
+   cost from everything verified, those first that cost less than the cheapest one that was as good
+   as the float model.
 4. *Correct*: verified trials tell which groups harm more or less than predicted
    (`qdist.search.correction`); the next round solves again.
 
@@ -15,7 +17,7 @@ the rounds close in on the cheapest plan that reaches it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from qdist.search.ahead import if_rest_fails
@@ -101,17 +103,24 @@ class Pareto:
         found: list[Candidate] = []
         if self._round == 0:
             self._add(found, "plain", self._problem.plain, None)
-            if self._predicted:
-                for solution, label in (
-                    (self._predicted[0], "cheapest"),
-                    (self._predicted[-1], "least harm"),
-                ):
-                    self._add(found, label, self._choices(solution), solution.harm)
+            for label, solution in self._ends(knapsack, limit):
+                self._add(found, label, self._choices(solution), solution.harm)
         while len(found) < self._settings.trials_per_round:
             picked = self._next(knapsack, found)
             if picked is None or not self._add(found, *picked):
                 break
         return found
+
+    def _ends(self, knapsack: Knapsack, limit: float) -> Iterator[tuple[str, Solution]]:
+        """What is verified first beside the plain plan: the best that the options have, the best
+        that costs no more than the plain plan, and the other end of the front."""
+        if self._predicted:
+            yield "least harm", self._predicted[-1]
+        free = knapsack.solve(min(limit, self._problem.cost(self._problem.plain)))
+        if free is not None:
+            yield "least harm at no more cost", free
+        if self._predicted:
+            yield "cheapest", self._predicted[0]
 
     def _next(
         self, knapsack: Knapsack, found: list[Candidate]
@@ -130,17 +139,20 @@ class Pareto:
         return label, self._choices(best), best.harm
 
     def _worth(self, solution: Solution, costs: list[float]) -> tuple[float, float]:
-        """First whether a plan lies where the target is to be found, then its distance in cost from
-        the verified ones."""
+        """First whether a plan lies where there is something to be found, then its distance in cost
+        from the verified ones. Beyond a plan that is as good as the float model, or as the target,
+        there is nothing; nor, with a target, below one that misses it."""
         distance = min((_distance(solution.cost, cost) for cost in costs), default=math.inf)
-        target = self._settings.target
-        if target is None:
-            return 0.0, distance
+        target, low = self._settings.target, 0.0
         gain = self._front.gain
-        met = [p.cost for p in self._front.points if gain(p.score) >= gain(target)]
-        failed = [p.cost for p in self._front.points if gain(p.score) < gain(target)]
-        low, high = max(failed, default=0.0), min(met, default=math.inf)
-        return float(low < solution.cost < high), distance
+        if target is not None:
+            failed = [p.cost for p in self._front.points if gain(p.score) < gain(target)]
+            low = max(failed, default=0.0)
+        enough = self._problem.float_score if target is None else target
+        if enough is None:
+            return 0.0, distance
+        met = [p.cost for p in self._front.points if gain(p.score) >= gain(enough)]
+        return float(low < solution.cost < min(met, default=math.inf)), distance
 
     def _choices(self, solution: Solution) -> Choices:
         return self._table.choices(solution.picks)

@@ -159,7 +159,8 @@ def scores(outcome: Outcome) -> list[float | None]:
 def test_plans_that_come_to_the_same_are_scored_once(bench: Bench) -> None:
     wide = LayerChoice(precision="w8a16")
     asked = [bench.candidate(0), bench.candidate(1, all=SAME), bench.candidate(2, all=wide)]
-    first = bench.run(Script([asked]), workers=2, seconds=0.3)
+    costs = Hooks(costs=lambda choices: {"wide": sum(c == wide for c in choices.values())})
+    first = bench.run(Script([asked]), workers=2, seconds=0.3, hooks=costs)
     assert bench.n_scored == first.n_scored == 2
     plain, same, other = scores(first)
     assert plain == same != other
@@ -167,6 +168,8 @@ def test_plans_that_come_to_the_same_are_scored_once(bench: Bench) -> None:
     for number in range(3):
         place = bench.folder / "trials" / f"trial-{number:03d}"
         assert {"model.onnx", "plan.json", "trial.json"} <= {p.name for p in place.iterdir()}
+        shown = json.loads((place / "trial.json").read_text())
+        assert shown["costs"] == {"wide": len(bench.planner.layers) * (number == 2)}
 
     # The same search once more, in another order: all of it is known.
     again = bench.run(Script([[replace(asked[2], number=0)], [replace(asked[1], number=1)]]))

@@ -351,3 +351,63 @@ def test_strategies_by_name_and_by_file(tmp_path: Path) -> None:
         check_strategy(f"{file}:Mute")
     with pytest.raises(ConfigError, match="QD104"):
         check_strategy("annealing")
+
+
+def test_a_search_with_fewer_trials_is_the_beginning_of_one_with_more() -> None:
+    problem = problem_of(12, 3)
+    score = score_of(problem, 3)
+
+    def keys(n_trials: int) -> list[str]:
+        wanted = SearchSettings(max_trials=n_trials, n_budgets=6, patience=9)
+        return [trial.candidate.key for trial in search(Pareto(problem, wanted), score)]
+
+    many = keys(10)
+    assert len(many) == 10
+    for n in (1, 2, 3, 6, 7):
+        assert keys(n) == many[:n]
+
+
+def test_it_begins_with_the_best_there_is_the_best_at_no_more_cost_and_the_cheapest() -> None:
+    problem = problem_of(12, 3)
+    first = Pareto(problem, SearchSettings()).ask()
+    assert [c.label for c in first] == [
+        "plain",
+        "least harm",
+        "least harm at no more cost",
+        "cheapest",
+    ]
+    plain, best, free, cheapest = first
+    assert problem.cost(free.choices) <= problem.cost(plain.choices)
+    assert best.predicted is not None
+    assert free.predicted is not None
+    assert cheapest.predicted is not None
+    assert best.predicted < free.predicted < cheapest.predicted
+    assert set(cheapest.choices.values()) == {W4}
+    assert set(best.choices.values()) == {W16}
+    # By its own measure it is better than the plain plan too.
+    table = CandidateTable(problem)
+    assert sum(table.harms_of(free.choices)) < sum(table.harms_of(plain.choices))
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_beyond_a_plan_as_good_as_the_float_model_nothing_is_tried_while_less_may_do(
+    higher: bool,
+) -> None:
+    sign = 1.0 if higher else -1.0
+    problem = replace(problem_of(20, 1), higher_is_better=higher, float_score=sign * 0.9)
+    middle = 1.1 * problem.cost(problem.plain)
+
+    def score(candidate: Candidate) -> float:
+        return sign * (0.9 if problem.cost(candidate.choices) > middle else 0.5)
+
+    trials = search(Pareto(problem, SearchSettings()), score, higher=higher)
+    cost = {trial.candidate.number: problem.cost(trial.candidate.choices) for trial in trials}
+    later = [trial.candidate for trial in trials if trial.candidate.round > 0]
+    assert len(later) > 3
+    for candidate in later:
+        # Of a round's own trials it is not known yet what they reach.
+        known = [t.candidate.number for t in trials if t.candidate.round < candidate.round]
+        assert cost[candidate.number] < min(cost[n] for n in known if cost[n] > middle)
+    unknown = replace(problem, float_score=None)
+    trials = search(Pareto(unknown, SearchSettings()), score, higher=higher)
+    assert len(trials) > 6

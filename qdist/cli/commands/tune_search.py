@@ -107,9 +107,8 @@ def search(
     book = open_book(folder, _identity(context, frozen, planner, target, scorer))
     if book.n_known:
         context.say(f"note: {book.n_known} plans were tried before, and are not scored again")
-    log = TrialLog(
-        parent, folder, settings.model.name, settings.tracking.artifacts, _costs_of(problem)
-    )
+    costs = _costs_of(problem)
+    log = TrialLog(parent, folder, settings.model.name, settings.tracking.artifacts, costs)
     _remember_run(context, parent)
     done: list[Trial] = []
     with log, bar(context.console, "searching", "trials") as drawing:
@@ -136,6 +135,7 @@ def search(
                 on_trial=on_trial,
                 on_message=drawing.say,
                 statistics=lambda n: _statistics_file(folder, n, statistics),
+                costs=costs,
             ),
         )
     context.say(_ended(outcome, settings))
