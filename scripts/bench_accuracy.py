@@ -92,6 +92,7 @@ class _Run:
             "quick": self.options.quick,
             "jobs": self.options.jobs,
             "total_s": round(time.perf_counter() - self._begin, 1),
+            "cpu_s": round(sum(m.get("cpu_seconds", 0.0) for m in self.models.values()), 1),
             "peak_memory_mb": self.peak_mb,
         }
         return {"about": about, "models": {n: self.models[n] for n in CASES if n in self.models}}

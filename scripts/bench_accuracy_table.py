@@ -17,7 +17,8 @@ def markdown(results: dict[str, Any]) -> str:
     about = results["about"]
     lines = [
         f"{about['machine']['processor']}; {about['total_s'] / 60:.0f} minutes with --jobs "
-        f"{about['jobs']}, {about['peak_memory_mb'] / 1024:.1f} GB a process at most.",
+        f"{about['jobs']}, {about.get('cpu_s', 0) / 60:.0f} of processor time, "
+        f"{about['peak_memory_mb'] / 1024:.1f} GB a process at most.",
         *(f"{name}: not finished." for name, m in models.items() if "unfinished" in m),
         "",
         "### Our default, and the best of ONNX Runtime's",

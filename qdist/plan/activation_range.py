@@ -22,9 +22,9 @@ from qdist.plan.range_rule import FIXED, RangeRule
 from qdist.stats import grid
 from qdist.stats.histogram import Density
 from qdist.stats.record import CalibrationRecord
+from qdist.threshold.auto import Reader
 from qdist.threshold.blocks import mean_threshold
 from qdist.threshold.clip import Levels, Threshold
-from qdist.threshold.consumer import Consumer
 from qdist.threshold.error import measured
 from qdist.threshold.float_error import FLOAT_METHODS, float_threshold, measured_float
 from qdist.threshold.pinning import Pinning, pinning
@@ -54,13 +54,13 @@ class ActivationRanges:
         self._taps = taps
         self._layers = tuple(layers)
         self._settings = settings
-        self._consumers: dict[str, tuple[Consumer, ...]] = {}
+        self._consumers: dict[str, tuple[Reader, ...]] = {}
         self._digests: dict[str, str] = {}
         self._destinations = Destinations(graph, taps)
         self._pinnings: dict[tuple[str, str], Pinning] = {}
 
     @property
-    def asked(self) -> Mapping[str, tuple[Consumer, ...]]:
+    def asked(self) -> Mapping[str, tuple[Reader, ...]]:
         """Row -> the layers that the method ``auto`` judged its range by, of rows whose range it
         chose so far."""
         return self._consumers
@@ -187,12 +187,14 @@ class ActivationRanges:
             return found
         return measured(body, low, high, levels, method=found.method, note=note)
 
-    def _readers(self, row: str) -> tuple[Consumer, ...]:
+    def _readers(self, row: str) -> tuple[Reader, ...]:
         """The layers that read a row, in scope or not: what they compute suffers all the same."""
         if row not in self._consumers:
-            self._consumers[row] = consumers_of(
+            found: tuple[Reader, ...] = consumers_of(
                 row, self._graph, self._layers, self._taps, self.record
             )
+            root = self._destinations.root(row)
+            self._consumers[row] = found if root is None else (root,)
         return self._consumers[row]
 
     def _split(self, row: str) -> tuple[Density, int]:

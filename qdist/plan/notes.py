@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from qdist.model.taps import TapTable
 from qdist.plan.plan import LayerPlan
 from qdist.plan.range_rule import FIXED
-from qdist.threshold.consumer import Consumer
+from qdist.threshold.auto import Reader
 from qdist.threshold.pinning import DIVERGENCES, Pinning
 from qdist.threshold.registry import resolve
 
 
 def plan_notes(
-    layers: Sequence[LayerPlan], taps: TapTable, consumers: Mapping[str, Sequence[Consumer]]
+    layers: Sequence[LayerPlan], taps: TapTable, consumers: Mapping[str, Sequence[Reader]]
 ) -> tuple[str, ...]:
     """The notes of the layers of one plan. ``consumers``: measured tensor -> the layers that the
     method ``auto`` judged its range by."""
@@ -107,7 +107,7 @@ def _single_notes(names: Sequence[str]) -> list[str]:
 
 
 def _auto_notes(
-    layers: Sequence[LayerPlan], taps: TapTable, consumers: Mapping[str, Sequence[Consumer]]
+    layers: Sequence[LayerPlan], taps: TapTable, consumers: Mapping[str, Sequence[Reader]]
 ) -> list[str]:
     """What ``auto`` chose, and for how many tensors it knew no layer that reads them."""
     chosen = {

@@ -5,6 +5,7 @@
 ``maximum``, ``percentile``, ``mse``, ``entropy``  one family each; so are
 ``aciq``, ``admm``, ``improved``.
 ``consumer``    what a layer makes of an error in the tensor that it reads.
+``root``        what a square root makes of one.
 ``auto``        the method with the least expected error in the layers that read a tensor.
 ``float_error`` ranges for floating-point types of 8 bits, by the error on their grid.
 ``pinning``     how far stored bins pin a range down that is found on linear bins.

@@ -22,6 +22,10 @@ from qdist.threshold.error import expected_mse
 from qdist.threshold.maximum import maximum
 from qdist.threshold.mse import mse
 from qdist.threshold.percentile import percentile
+from qdist.threshold.root import Root, root_error
+
+Reader = Consumer | Root
+"""What reads a tensor, as far as it tells what errors in it cost."""
 
 CANDIDATES: tuple[tuple[str, Callable[..., tuple[float, float]], Mapping[str, Any]], ...] = (
     ("mse", mse, {}),
@@ -53,7 +57,7 @@ def auto(density: Density, levels: Levels) -> tuple[float, float]:
     return found.low, found.high
 
 
-def choose(density: Density, levels: Levels, consumers: Sequence[Consumer] = ()) -> Chosen:
+def choose(density: Density, levels: Levels, consumers: Sequence[Reader] = ()) -> Chosen:
     """The candidate of least expected error in ``consumers``, or in the tensor without any."""
     ranges: dict[tuple[float, float], str] = {}
     for name, method, parameters in CANDIDATES:
@@ -68,10 +72,16 @@ def choose(density: Density, levels: Levels, consumers: Sequence[Consumer] = ())
     else:
         note = TENSOR_ALONE
     errors = {
-        (low, high): sum(output_error(density, low, high, levels, each) for each in consumers)
+        (low, high): sum(_error(density, low, high, levels, each) for each in consumers)
         if consumers
         else expected_mse(density, low, high, levels)
         for low, high in ranges
     }
     best = min(errors, key=lambda bounds: errors[bounds])
     return Chosen(low=best[0], high=best[1], method=ranges[best], error=errors[best], note=note)
+
+
+def _error(density: Density, low: float, high: float, levels: Levels, reader: Reader) -> float:
+    if isinstance(reader, Root):
+        return root_error(density, low, high, levels)
+    return output_error(density, low, high, levels, reader)

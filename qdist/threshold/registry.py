@@ -11,9 +11,8 @@ from qdist.stats.histogram import Density
 from qdist.threshold.aciq import DISTRIBUTIONS, aciq
 from qdist.threshold.adjust import fixed_threshold, scale_threshold
 from qdist.threshold.admm import admm
-from qdist.threshold.auto import auto, choose
+from qdist.threshold.auto import Reader, auto, choose
 from qdist.threshold.clip import Levels, Threshold
-from qdist.threshold.consumer import Consumer
 from qdist.threshold.entropy import entropy, jsd, kl_v2, kld, n_halves, n_levels_of, symkl
 from qdist.threshold.error import measured
 from qdist.threshold.improved import improved_kl, improved_mse, n_joint_levels
@@ -215,7 +214,7 @@ def find_threshold(
     levels: Levels,
     method: str,
     parameters: Mapping[str, Any] | None = None,
-    consumers: Sequence[Consumer] = (),
+    consumers: Sequence[Reader] = (),
 ) -> Threshold:
     """The range that ``method`` chooses for a tensor, under the name of the method really used.
 
@@ -246,7 +245,7 @@ def _found(
     levels: Levels,
     name: str,
     parameters: Mapping[str, Any],
-    consumers: Sequence[Consumer],
+    consumers: Sequence[Reader],
 ) -> Threshold:
     given = dict(parameters)
     factor, bound = given.pop("th_scale", None), given.pop("threshold", None)

@@ -14,7 +14,12 @@ from qdist.plan.plan import QuantizationPlan
 from qdist.plan.plan_settings import PlanSettings
 from qdist.plan.planner import Planner
 from qdist.plan.quantizer import Quantizer
+from qdist.stats.histogram import Density
+from qdist.threshold.clip import Levels, scale_and_zero
+from qdist.threshold.root import root_error
 from tests.onnx_models import HeldSamples, frozen_from, model, normal, planner_for, value
+
+SYMMETRIC = Levels(low=-127, high=127, symmetric=True)
 
 
 def auto_plan(planner: Planner) -> QuantizationPlan:
@@ -129,3 +134,81 @@ def test_scores_keep_their_top(factor: float, symmetric: bool, tmp_path: Path) -
         other = PlanSettings(symmetric=symmetric, saturation_parameters=given)
         scaled = Planner(planner.graph, planner.record, planner.taps, other)
         assert read_by(auto_plan(scaled), "softmax")[0].bounds[1] < 20.0
+
+
+# --- square roots -------------------------------------------------------------------------------
+
+
+def magnitude_model(*more: Any) -> Any:
+    """The magnitude of pairs, as a spectrogram has it."""
+    return model(
+        [
+            helper.make_node("Mul", ["x", "x"], ["a"], name="real"),
+            helper.make_node("Mul", ["z", "z"], ["b"], name="imaginary"),
+            helper.make_node("Add", ["a", "b"], ["s"], name="sum"),
+            helper.make_node("Sqrt", ["s"], ["m"], name="root"),
+            helper.make_node("MatMul", ["m", "w"], ["out"], name="layer"),
+            *more,
+        ],
+        [value("x", ["n", 16]), value("z", ["n", 16])],
+        [value("out", ["n", 5])],
+        {"w": np.abs(normal(16, 5, seed=1))},
+    )
+
+
+def spectrum(n: int = 500) -> HeldSamples:
+    """Many small values and few large ones."""
+    rng = np.random.default_rng(7)
+    x, z = (rng.standard_t(2.5, (n, 16)).astype(np.float32) for _ in "xz")
+    return HeldSamples(samples=[{"x": a, "z": b} for a, b in zip(x, z, strict=True)])
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_squares_count_by_their_root(symmetric: bool, tmp_path: Path) -> None:
+    frozen = frozen_from(magnitude_model(), tmp_path / "model.onnx")
+    settings = PlanSettings(symmetric=symmetric)
+    planner = planner_for(frozen, spectrum(), tmp_path / "store", settings)
+    by_square = planner.plan({x.name: LayerChoice(saturation="mse") for x in planner.layers})
+    plan = auto_plan(planner)
+    squares = np.concatenate([sample["x"] for sample in spectrum().samples]) ** 2
+
+    def root_error(quantizer: Quantizer) -> float:
+        return float(np.square(np.sqrt(quantizer.applied(squares)) - np.sqrt(squares)).mean())
+
+    chosen, usual = read_by(plan, "sum")[0], read_by(by_square, "sum")[0]
+    assert root_error(chosen) < 0.8 * root_error(usual)
+    assert chosen.bounds[1] < usual.bounds[1]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        helper.make_node("Sigmoid", ["a"], ["also"], name="other"),
+        helper.make_node("Sigmoid", ["s"], ["also"], name="other"),
+    ],
+)
+def test_squares_that_others_read_as_they_are_count_as_they_are(more: Any, tmp_path: Path) -> None:
+    proto = magnitude_model(more)
+    proto.graph.output.append(value("also", ["n", 16]))
+    planner = planner_for(frozen_from(proto, tmp_path / "m.onnx"), spectrum(), tmp_path / "store")
+    plan = auto_plan(planner)
+    by_square = planner.plan({x.name: LayerChoice(saturation="mse") for x in planner.layers})
+    assert read_by(plan, "sum")[0].scales == read_by(by_square, "sum")[0].scales
+
+
+@pytest.mark.parametrize("levels", [Levels(low=-128, high=127, symmetric=False), SYMMETRIC])
+def test_the_error_of_a_root_is_the_mean_over_the_values(levels: Levels) -> None:
+    rng = np.random.default_rng(11)
+    edges = np.linspace(0.0, 9.0, 400)
+    counts = rng.integers(1, 60, edges.size - 1).astype(np.float64)
+    density = Density(lower=edges[:-1], upper=edges[1:], counts=counts)
+    for high in (9.0, 4.0, 0.7):
+        found = root_error(density, 0.0, high, levels)
+        scale, zero = scale_and_zero(0.0, high, levels)
+        x = (edges[:-1, None] + np.diff(edges)[:, None] * rng.random((edges.size - 1, 4000))).T
+        stored = np.clip(np.rint(x / scale), levels.low - zero, levels.high - zero) * scale
+        error = np.square(np.sqrt(stored) - np.sqrt(x)).mean(axis=0)
+        expected = float(counts @ error / (counts @ x.mean(axis=0)))
+        assert found == pytest.approx(expected, rel=0.03)
+    nothing = Density(lower=np.zeros(1), upper=np.zeros(1), counts=np.ones(1))
+    assert root_error(nothing, 0.0, 1.0, levels) == 0.0
