@@ -55,7 +55,8 @@ class SearchConfig(Group):
         description="what changes together: concats, residual sums and Q/K/V, or by Knight's rules",
     )
     cost: Literal["bytes", "bit_operations", "latency"] = Field(
-        "bit_operations", description="what plans cost: bytes of weights, bit operations, or search.latency"
+        "bit_operations",
+        description="what plans cost: bit operations, bytes of weights, or search.latency",
     )
     latency: str | None = Field(None, description="a CSV file of operator,dtype,us")
     budget: float | str | None = Field(
