@@ -19,6 +19,7 @@ from bench_thresholds import (  # noqa: E402
     agreement,
     markdown,
     time_channels,
+    time_floats,
     time_methods,
     timed_methods,
 )
@@ -59,6 +60,7 @@ def test_figures_and_their_table(rows: list[Row]) -> None:
     figures = {
         "n_rows": len(few),
         "methods": time_methods(few, quiet),
+        "floats": time_floats(few, quiet),
         "channels": time_channels(rows[:30], quiet),
         "linear_agreement": agreement(few, quiet),
         **against_ort(few, 1, quiet),
@@ -66,6 +68,7 @@ def test_figures_and_their_table(rows: list[Row]) -> None:
     assert figures["speedup_vs_ort_entropy"] > 10
     text = markdown(figures)
     assert "| auto | " in text
+    assert "| mse, fp8_e4m3 | " in text
     assert "`speedup_vs_ort_entropy`: " in text
 
 
