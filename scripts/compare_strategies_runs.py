@@ -49,6 +49,9 @@ FIFTHS = {"squeezenet1.1": 8, "cifar10_vit": 12, "kws": 25, "stories260K": 6, "y
 """The models that are compared -> a fifth of their calibration samples: Knight's iterations are of
 one batch and of five."""
 
+MORE = {"yolox_nano": ("compare.samples=4", "compare.batch=4")}
+"""Words of one model alone: comparing all of its layers would take longer than a search."""
+
 CONTENDERS: dict[str, Contender] = {
     **{
         OURS if ladder == DEFAULT else f"{OURS} ({ladder})": Contender(
@@ -191,6 +194,7 @@ def words_of(model: str, name: str, n_trials: int, n_samples: int) -> list[str]:
         "evaluation.search_share=0.5",
         *(word.replace("{fifth}", str(FIFTHS[model])) for word in contender.words),
         *LADDERS[contender.ladder],
+        *MORE.get(model, ()),
         f"search.cost={COST}",
         f"search.max_trials={n_trials}",
         f"search.sensitivity_samples={n_samples}",

@@ -9,7 +9,7 @@ harms are scaled to them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qdist.plan.choice import LayerChoice
 from qdist.search.costs import Edge, stored_type
@@ -51,6 +51,19 @@ class CandidateTable:
             self._gain(names) * sum(self._alone(name, choices[name]) for name in names)
             for names in self.groups
         ]
+
+    def other_method(self) -> tuple[str, dict[str, LayerChoice]] | None:
+        """The plain plan with one threshold method in all layers that take it, the least harmful
+        beside its own: its name, and the plan. None where layers have no other method."""
+        plain, options = self._problem.plain, self._problem.options
+        found: dict[str, dict[str, LayerChoice]] = {}
+        for name, known in options.items():
+            for choice in known:
+                method = choice.saturation
+                if choice != plain[name] and choice == replace(plain[name], saturation=method):
+                    found.setdefault(method, {})[name] = choice
+        plans = [(method, {**plain, **changed}) for method, changed in found.items()]
+        return min(plans, key=lambda entry: sum(self.harms_of(entry[1])), default=None)
 
     def knapsack(self, weights: Sequence[float]) -> Knapsack:
         """With a weight for the harms of each group."""

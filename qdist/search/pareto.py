@@ -4,9 +4,10 @@
 2. *Solve*: least harm for a sweep of budgets, a multiple-choice knapsack (`qdist.search.knapsack`):
    the predicted front.
 3. *Verify*: the plain plan, the best that there is, the best that costs no more than the plain,
-   and the cheapest; then, round by round, the plans of the predicted front that lie farthest in
-   cost from everything verified, those first that cost less than the cheapest one that was as good
-   as the float model.
+   the plain one with the threshold method that comes next (what a whole plan makes of a method,
+   layers by themselves do not tell), and the cheapest; then, round by round, the plans of the
+   predicted front that lie in the widest gaps between verified ones (`qdist.search.gaps`), those
+   first that cost less than the cheapest one that was as good as the float model.
 4. *Correct*: verified trials tell which groups harm more or less than predicted
    (`qdist.search.correction`); the next round solves again.
 
@@ -24,6 +25,7 @@ from qdist.search.ahead import if_rest_fails
 from qdist.search.candidates import CandidateTable
 from qdist.search.correction import group_weights, losses
 from qdist.search.front import Front
+from qdist.search.gaps import Gaps
 from qdist.search.greedy import Greedy, greedy_for
 from qdist.search.knapsack import Knapsack, Solution
 from qdist.search.problem import SearchProblem
@@ -103,24 +105,29 @@ class Pareto:
         found: list[Candidate] = []
         if self._round == 0:
             self._add(found, "plain", self._problem.plain, None)
-            for label, solution in self._ends(knapsack, limit):
-                self._add(found, label, self._choices(solution), solution.harm)
+            for label, choices, harm in self._first(knapsack, limit):
+                self._add(found, label, choices, harm)
         while len(found) < self._settings.trials_per_round:
             picked = self._next(knapsack, found)
             if picked is None or not self._add(found, *picked):
                 break
         return found
 
-    def _ends(self, knapsack: Knapsack, limit: float) -> Iterator[tuple[str, Solution]]:
+    def _first(self, knapsack: Knapsack, limit: float) -> Iterator[tuple[str, Choices, float]]:
         """What is verified first beside the plain plan: the best that the options have, the best
-        that costs no more than the plain plan, and the other end of the front."""
+        that costs no more than the plain plan, the plain plan with another threshold method, and
+        the other end of the front."""
+        plain_cost = self._problem.cost(self._problem.plain)
         if self._predicted:
-            yield "least harm", self._predicted[-1]
-        free = knapsack.solve(min(limit, self._problem.cost(self._problem.plain)))
+            yield "least harm", self._choices(self._predicted[-1]), self._predicted[-1].harm
+        free = knapsack.solve(min(limit, plain_cost))
         if free is not None:
-            yield "least harm at no more cost", free
+            yield "least harm at no more cost", self._choices(free), free.harm
+        other = self._table.other_method() if plain_cost <= limit else None
+        if other is not None:
+            yield f"{other[0]} everywhere", other[1], sum(self._table.harms_of(other[1]))
         if self._predicted:
-            yield "cheapest", self._predicted[0]
+            yield "cheapest", self._choices(self._predicted[0]), self._predicted[0].harm
 
     def _next(
         self, knapsack: Knapsack, found: list[Candidate]
@@ -129,20 +136,28 @@ class Pareto:
         open_ = [s for s in self._predicted if not self._is_seen(self._choices(s))]
         if not open_ or self._n_own >= self._settings.max_trials:
             return None
-        costs = [self._problem.cost(t.candidate.choices) for t in self._trials.values()]
-        costs += [self._problem.cost(candidate.choices) for candidate in found]
-        best = max(open_, key=lambda s: (self._worth(s, costs), -s.cost))
+        gaps = self._gaps(found)
+        best = max(open_, key=lambda s: (self._is_wanted(s), gaps.worth(s.cost), -s.cost))
         exact = knapsack.solve(best.cost)
         if exact is not None and not self._is_seen(self._choices(exact)):
             best = exact
         label = f"{self._problem.costs.unit} {_short(best.cost)}"
         return label, self._choices(best), best.harm
 
-    def _worth(self, solution: Solution, costs: list[float]) -> tuple[float, float]:
-        """First whether a plan lies where there is something to be found, then its distance in cost
-        from the verified ones. Beyond a plan that is as good as the float model, or as the target,
-        there is nothing; nor, with a target, below one that misses it."""
-        distance = min((_distance(solution.cost, cost) for cost in costs), default=math.inf)
+    def _gaps(self, found: list[Candidate]) -> Gaps:
+        """Between all trials, and what is proposed with them."""
+        told = list(self._trials.values())
+        costs = (self._problem.cost(trial.candidate.choices) for trial in told)
+        lost = losses(told, self._problem.float_score)
+        gaps = Gaps.of(zip(costs, lost, strict=True))
+        for candidate in found:
+            gaps = gaps.with_plan(self._problem.cost(candidate.choices))
+        return gaps
+
+    def _is_wanted(self, solution: Solution) -> bool:
+        """Whether a plan lies where there is something to be found. Beyond a plan that is as good
+        as the float model, or as the target, there is nothing; nor, with a target, below one that
+        misses it."""
         target, low = self._settings.target, 0.0
         gain = self._front.gain
         if target is not None:
@@ -150,9 +165,9 @@ class Pareto:
             low = max(failed, default=0.0)
         enough = self._problem.float_score if target is None else target
         if enough is None:
-            return 0.0, distance
+            return True
         met = [p.cost for p in self._front.points if gain(p.score) >= gain(enough)]
-        return float(low < solution.cost < min(met, default=math.inf)), distance
+        return low < solution.cost < min(met, default=math.inf)
 
     def _choices(self, solution: Solution) -> Choices:
         return self._table.choices(solution.picks)
@@ -209,15 +224,6 @@ class Pareto:
             replace(self._trials[asked.key], candidate=asked) for asked in self._greedy_asked
         )
         self._greedy_asked = []
-
-
-def _distance(one: float, other: float) -> float:
-    """Of two costs, relative to each other."""
-    if one == other:
-        return 0.0
-    if min(one, other) <= 0:
-        return math.inf
-    return abs(math.log(one / other))
 
 
 def _short(cost: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,7 @@ from qdist.search.candidates import CandidateTable
 from qdist.search.correction import group_weights, losses
 from qdist.search.costs import Costs, Edge, bit_operations, weight_bytes
 from qdist.search.front import Front, answer_of, front_of
+from qdist.search.gaps import Gaps
 from qdist.search.greedy import Greedy, GreedySettings, greedy_for
 from qdist.search.pareto import Pareto
 from qdist.search.problem import Interaction, SearchLayer, SearchProblem
@@ -374,9 +376,11 @@ def test_it_begins_with_the_best_there_is_the_best_at_no_more_cost_and_the_cheap
         "plain",
         "least harm",
         "least harm at no more cost",
+        "max everywhere",
         "cheapest",
     ]
-    plain, best, free, cheapest = first
+    plain, best, free, other, cheapest = first
+    assert set(other.choices.values()) == {OPTIONS[1]}
     assert problem.cost(free.choices) <= problem.cost(plain.choices)
     assert best.predicted is not None
     assert free.predicted is not None
@@ -411,3 +415,24 @@ def test_beyond_a_plan_as_good_as_the_float_model_nothing_is_tried_while_less_ma
     unknown = replace(problem, float_score=None)
     trials = search(Pareto(unknown, SearchSettings()), score, higher=higher)
     assert len(trials) > 6
+
+
+def test_the_widest_gap_lies_between_plans_that_differ_in_cost_and_in_loss() -> None:
+    gaps = Gaps.of([(2.0, 0.01), (1.0, 0.1), (4.0, 0.01), (4.0, 0.1), (0.5, None)])
+    assert gaps.marks == ((0.5, None), (1.0, -10.0), (2.0, -20.0), (4.0, -20.0))
+    middle = 0.5 * math.log(2)
+    assert gaps.worth(2**0.5) == pytest.approx(middle * 11)
+    assert gaps.worth(8**0.5) == pytest.approx(middle)
+    assert gaps.worth(0.5**0.5) == pytest.approx(middle)  # nobody knows how they differ
+    assert gaps.worth(1.1) < gaps.worth(1.3)
+    assert gaps.worth(2.0) == 0
+    assert gaps.worth(8.0) == pytest.approx(math.log(2))
+    half = gaps.with_plan(2**0.5)
+    assert half.marks[2] == pytest.approx((2**0.5, -15.0))
+    assert half.with_plan(2**0.5) == half
+    assert half.worth(2**0.25) == pytest.approx(middle / 2 * 6)
+    assert gaps.with_plan(9.0).marks[-1] == (9.0, None)
+    assert Gaps().worth(1.0) == math.inf
+    free = Gaps.of([(0.0, 0.1), (1.0, 0.0)])
+    assert free.worth(0.0) == 0
+    assert free.with_plan(0.5).worth(0.7) > 0
