@@ -15,6 +15,7 @@ from qdist.cli.commands.tune_log import TrialLog
 from qdist.cli.tracking import SPOOL_NAME, Tracker, open_tracker
 from qdist.cli.tracking.mlflow_sink import MlflowSink
 from qdist.cli.tracking.spool import REFUSED_NAME, Spool
+from qdist.cli.tracking.trials_view import KEY
 from qdist.errors import ArtifactError, ConfigError
 from qdist.evaluate.evaluation_run import EvaluationRun
 from qdist.evaluate.report import EvalReport
@@ -115,6 +116,23 @@ def test_parent_and_trials_are_recorded(uri: str, tmp_path: Path) -> None:
         ranges = json.loads(artifact(uri, child_id, "plan/ranges.json", folder))
         assert ranges == {"ranges": [0.5, "nan"]}
         assert artifact(uri, child_id, "model/vit.onnx", folder) == "weights"
+
+
+def test_an_experiment_has_a_view_of_trials_which_users_may_change(
+    uri: str, tmp_path: Path
+) -> None:
+    tag = f"mlflow.sharedViewState.{KEY}"
+    open_tracker(spec(uri), spool_folder=tmp_path / "out")
+    client = client_for(uri)
+    found = client.get_experiment_by_name("digits")
+    view = json.loads(found.tags[tag])
+    assert view["name"] == "Trials"
+    state = json.loads(view["state"])
+    assert "metrics.`score`" in state["selectedColumns"]
+    client.set_experiment_tag(found.experiment_id, tag, "mine")
+    open_tracker(spec(uri), spool_folder=tmp_path / "out")
+    assert client.get_experiment(found.experiment_id).tags[tag] == "mine"
+    client.delete_experiment_tag(found.experiment_id, tag)
 
 
 def test_awkward_names_and_values_are_kept_and_confessed(uri: str, tmp_path: Path) -> None:
