@@ -21,7 +21,7 @@ from actors.plan_folder import PlanFolder
 from qdist.digest import digest_json
 from qdist.files import make_folder, unwritable, write_json
 from qdist.search.results import PlanResult
-from qdist.search.trial import Trial
+from qdist.search.trial import EVALUATION, Trial
 
 _SEARCH = "search.json"
 _JOURNAL = "journal.jsonl"
@@ -126,8 +126,9 @@ def trial_folder(folder: Path, number: int) -> Path:
 
 
 def trial_json(trial: Trial, digest: str, costs: Mapping[str, float]) -> dict[str, Any]:
-    """A trial as JSON: where it comes from, what it changes, what it costs, and what it gave."""
-    candidate = trial.candidate
+    """A trial as JSON: where it comes from, what it changes and costs, how its evaluation went
+    (None where it did not get so far), and what that gave."""
+    candidate, evaluation = trial.candidate, trial.evaluation
     changed = {name: candidate.choices[name].to_json() for name in candidate.changed}
     return {
         "number": candidate.number,
@@ -139,8 +140,9 @@ def trial_json(trial: Trial, digest: str, costs: Mapping[str, float]) -> dict[st
         "n_bytes": trial.n_bytes,
         "costs": dict(costs),
         "reason": trial.reason,
+        "evaluation": None if evaluation is None else evaluation.to_json(),
         "report": None if trial.report is None else trial.report.to_json(),
-        "details": dict(trial.details),
+        "details": {name: value for name, value in trial.details.items() if name != EVALUATION},
     }
 
 

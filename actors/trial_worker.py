@@ -12,7 +12,9 @@ from qdist.data.source import DataSource
 from qdist.digest import digest_json
 from qdist.emit.qdq import emit_qdq
 from qdist.errors import QdistError
+from qdist.evaluate.command import CommandError
 from qdist.evaluate.early import Incumbent
+from qdist.evaluate.evaluation_run import EvaluationRun
 from qdist.evaluate.in_place import InPlace
 from qdist.evaluate.report import EvalReport
 from qdist.evaluate.scorer import Evaluation, Scorer
@@ -28,7 +30,7 @@ from qdist.plan.resolved import resolved_digest
 from qdist.plan.target import ProjectedPlan, Target
 from qdist.search.applied import planner_with
 from qdist.search.results import LOST_TO, PlanResult
-from qdist.search.trial import Candidate
+from qdist.search.trial import EVALUATION, Candidate
 from qdist.stats.record import CalibrationRecord
 from qdist.store.record_file import read_record
 
@@ -202,7 +204,6 @@ class TrialWorker:
             report = self._score(artifact.path, incumbent, details)
         except QdistError as error:
             reason = str(error)
-            details["log"] = str(getattr(error, "log", ""))
         return PlanResult(
             digest=digest, report=report, n_bytes=n_bytes, reason=reason, details=details
         )
@@ -215,6 +216,11 @@ class TrialWorker:
         begin = time.perf_counter()
         try:
             report = self._scorer.score(model, incumbent)
+        except QdistError as error:
+            found = error.run if isinstance(error, CommandError) else None
+            run = found or EvaluationRun(exit_status=None, seconds=time.perf_counter() - begin)
+            details[EVALUATION] = run.to_json()
+            raise
         finally:
             details["evaluation_s"] = time.perf_counter() - begin
         if report.stopped_early and incumbent is not None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """The search's pool: what a trial costs beside its evaluation, two workers beside one, the driver
-with evaluations that take no time, and 500 trials in MLflow.
+with evaluations that take no time, and 500 trials in MLflow: in SQLite, and over HTTP.
 
     scripts/bench_pool.py --assets FOLDER [--json FILE] [--parts share,speedup,driver,mlflow]
 
@@ -29,6 +29,7 @@ from typing import Any
 
 from bench_models import Case, stories_case
 from bench_stubs import Given, driver, tracking
+from mlflow_serving import served
 
 from actors.outcome import Hooks
 from actors.session import ClusterSpec
@@ -102,8 +103,11 @@ def main() -> int:
             figures["driver"] = driver(options.stub_trials, folder)
             print(f"driver: {figures['driver']}", flush=True)
         if "mlflow" in parts:
-            figures["mlflow"] = tracking(folder)
+            figures["mlflow"] = tracking(f"sqlite:///{folder / 'many.db'}", folder)
             print(f"mlflow: {figures['mlflow']}", flush=True)
+            with served(f"sqlite:///{folder / 'served.db'}", folder / "served") as url:
+                figures["mlflow_server"] = tracking(url, folder)
+            print(f"mlflow_server: {figures['mlflow_server']}", flush=True)
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return 0

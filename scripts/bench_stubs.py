@@ -105,11 +105,11 @@ def driver(n: int, folder: Path) -> dict[str, Any]:
     return figures
 
 
-def tracking(folder: Path, n: int = 500) -> dict[str, Any]:
-    """``n`` trials below one parent in SQLite: to send them, and to list them."""
+def tracking(uri: str, folder: Path, n: int = 500) -> dict[str, Any]:
+    """``n`` trials below one parent in MLflow at ``uri``: to send them, and to list them.
+    ``folder``: for what MLflow does not take, which is an error here."""
     from mlflow import MlflowClient
 
-    uri = f"sqlite:///{folder / 'many.db'}"
     tracked = TrackingSpec(uri=uri, experiment="many", artifacts="all", enabled=True, run_name=None)
     worker = Idle()
     with open_tracker(tracked, spool_folder=folder) as tracker:
@@ -128,6 +128,8 @@ def tracking(folder: Path, n: int = 500) -> dict[str, Any]:
                 )
                 result = worker.run(task)
                 log.add(Trial(candidate=candidate, report=result.report, n_bytes=result.n_bytes))
+        if tracker.n_spooled:
+            raise SystemExit(f"{tracker.n_spooled} records did not get through")
     client = MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("many").experiment_id
     begin = time.perf_counter()

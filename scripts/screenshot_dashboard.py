@@ -1,4 +1,4 @@
-"""Photograph MLflow's comparison of a search's trials as parallel coordinates.
+"""Photograph a search's trials in MLflow: parallel coordinates, table of runs, chart of the front.
 
 Opens the dashboard that a user would open: a real ``mlflow server`` over the SQLite database
 (or the server at an http URI), in headless Chromium::
@@ -6,34 +6,28 @@ Opens the dashboard that a user would open: a real ``mlflow server`` over the SQ
     python scripts/screenshot_dashboard.py --tracking-uri sqlite:///mlruns/mlflow.db \
         --experiment digits --out docs/trials.png --metrics size_bytes,score
 
-Each line is one child run of the newest parent run that has children; the last metric gives
-the colour.
+``--view parallel`` (the default): each line is one child run of the newest parent run that has
+children; the last metric gives the colour. ``--view trials``: the experiment's saved view of
+trials, as a table. ``--view front``: the chart among the parent run's files.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+from mlflow_serving import found_at
 from playwright.sync_api import Page, sync_playwright
 
-START_TIMEOUT_S = 90.0
+from qdist.cli.tracking.trials_view import KEY
+
 RENDER_TIMEOUT_MS = 60_000
 N_AXES = 4
+VIEWS = ("parallel", "trials", "front")
 CHROMIUM = "/usr/bin/chromium"
 CHROMIUM_ARGUMENTS = [
     "--no-sandbox",
@@ -63,15 +57,20 @@ class Trial:
 def main() -> None:
     """Read the command line, find the trials, and write the picture."""
     arguments = _arguments()
-    with _served(arguments.tracking_uri) as url:
-        experiment_id, trials = _trials(url, arguments.experiment, arguments.parent)
+    with found_at(arguments.tracking_uri) as url:
+        experiment_id, parent, trials = _trials(url, arguments.experiment, arguments.parent)
+        size = (arguments.width, arguments.height)
+        if arguments.view != "parallel":
+            _photograph_page(url, experiment_id, parent, arguments.view, arguments.out, size)
+            print(f"{arguments.out}: {len(trials)} trials")
+            return
         params = arguments.params or _varying([trial.params for trial in trials])[:N_AXES]
         metrics = arguments.metrics or _default_metrics(trials)
         _check("param", params, [set(trial.params) for trial in trials])
         _check("metric", metrics, [set(trial.metrics) for trial in trials])
         page = f"{url}/#/compare-runs?runs={_query([trial.run_id for trial in trials])}"
         page += f"&experiments={_query([experiment_id])}"
-        _photograph(page, params, metrics, arguments.out, (arguments.width, arguments.height))
+        _photograph(page, params, metrics, arguments.out, size)
     print(f"{arguments.out}: {len(trials)} trials, {', '.join([*params, *metrics])}")
 
 
@@ -80,6 +79,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tracking-uri", required=True, help="sqlite:///PATH or http(s)://SERVER")
     parser.add_argument("--experiment", required=True, help="name of the experiment")
     parser.add_argument("--out", required=True, type=Path, help="the PNG to write")
+    parser.add_argument("--view", choices=VIEWS, default=VIEWS[0])
     parser.add_argument("--parent", help="id of the parent run (default: newest with children)")
     parser.add_argument(
         "--params", type=_names, help="axes, comma-separated (default: those that vary, up to 4)"
@@ -121,54 +121,9 @@ def _default_metrics(trials: Sequence[Trial]) -> list[str]:
     return [*others[:2], "score"] if has_score else others[:3]
 
 
-@contextmanager
-def _served(uri: str) -> Iterator[str]:
-    """The URL of a server for ``uri``; one that had to be started is ended with the block."""
-    if not uri.startswith("sqlite:///"):
-        yield uri.rstrip("/")
-        return
-    database = Path(uri.removeprefix("sqlite:///")).absolute()
-    if not database.is_file():
-        raise SystemExit(f"no database at {database}")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", port]
-    command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{database}"]
-    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w+b") as log:
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=os.environ | quiet,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            url = f"http://127.0.0.1:{port}"
-            if not _answers(url, process):
-                log.seek(0)
-                raise SystemExit(f"the MLflow server does not start:\n{log.read().decode()}")
-            yield url
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(timeout=10)
-
-
-def _answers(url: str, process: subprocess.Popen[bytes]) -> bool:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"{url}/version", timeout=5):
-                return True
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.3)
-    return False
-
-
-def _trials(url: str, experiment: str, parent: str | None) -> tuple[str, list[Trial]]:
-    """The experiment's id, and the children of ``parent`` (default: the newest that has any)."""
+def _trials(url: str, experiment: str, parent: str | None) -> tuple[str, str, list[Trial]]:
+    """The ids of the experiment and of ``parent`` (default: the newest run that has children), and
+    its children."""
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=url)
@@ -188,7 +143,7 @@ def _trials(url: str, experiment: str, parent: str | None) -> tuple[str, list[Tr
     ]
     if not trials:
         raise SystemExit(f"experiment {experiment!r} has no child runs with metrics to compare")
-    return str(found.experiment_id), trials
+    return str(found.experiment_id), str(chosen), trials
 
 
 def _photograph(
@@ -209,6 +164,33 @@ def _photograph(
             _wait_for_axes(page, [*params, *metrics])
             page.mouse.move(0, 0)
             page.wait_for_timeout(1500)  # the lines fade in after the axes
+            out.parent.mkdir(parents=True, exist_ok=True)
+            page.screenshot(path=str(out))
+        finally:
+            browser.close()
+
+
+def _photograph_page(
+    url: str, experiment: str, parent: str, view: str, out: Path, size: tuple[int, int]
+) -> None:
+    """Write the table of trials, or the chart of the front, as a PNG."""
+    place = f"{url}/#/experiments/{experiment}/runs"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGUMENTS)
+        try:
+            page = browser.new_page(viewport={"width": size[0], "height": size[1]})
+            page.set_default_timeout(RENDER_TIMEOUT_MS)
+            page.add_init_script(CLOSE_ASSISTANT)
+            if view == "trials":
+                page.goto(f"{place}?viewStateShareKey={KEY}")
+                page.get_by_text("matching runs").wait_for()
+                page.get_by_text("trial-000").first.wait_for()
+            else:
+                page.goto(f"{place}/{parent}/artifacts/front.html")
+                page.frame_locator("iframe").locator("circle.best").hover()
+                # Where the photographed files lie on this machine is nobody's business.
+                page.get_by_text("Path: ").first.evaluate("e => { e.style.visibility = 'hidden'; }")
+            page.wait_for_timeout(1500)  # rows and fonts come in after the first of them
             out.parent.mkdir(parents=True, exist_ok=True)
             page.screenshot(path=str(out))
         finally:

@@ -20,7 +20,9 @@ class SearchConfig(Group):
         None, gt=0, description="end the search after so long, with the best so far; null: never"
     )
     stop_score: float | None = Field(
-        None, description="end after the round in which a trial scores as well as this; null: never"
+        None,
+        description="a limit: end after the round in which a trial scores as well; null: never. "
+        "What is looked for stays the same, see search.target",
     )
     low: str | None = Field("w4a8", description="precision to lower insensitive layers to")
     high: str | None = Field("w8a16", description="precision to raise sensitive layers to")
@@ -63,7 +65,9 @@ class SearchConfig(Group):
         None, description="largest cost of the answer, or 60% of the plain plan's; null: any"
     )
     target: float | None = Field(
-        None, description="the cheapest plan of this score will do; null: the best score"
+        None,
+        description="what is looked for: the cheapest plan of this score; null: the best score. It "
+        "ends no search early, see search.stop_score",
     )
     trials_per_round: int = Field(4, ge=1, description="plans that pareto verifies at a time")
     n_budgets: int = Field(30, ge=2, description="points of the front that pareto predicts")

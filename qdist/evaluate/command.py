@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from qdist.errors import ArtifactError, ConfigError, EvaluationError
+from qdist.evaluate.evaluation_run import EvaluationRun
 from qdist.evaluate.folder import copy_folder
 from qdist.evaluate.report import EvalReport, choose_score
 from qdist.evaluate.result import Read, last_line, read_log, read_numbers
@@ -30,21 +31,20 @@ _PREFIX = "qdist-evaluation-"
 
 
 class CommandError(EvaluationError):
-    """A command that failed. ``log`` is the tail of its output, at most
-    `qdist.evaluate.report.LOG_CHARACTERS`."""
+    """A command that failed. ``run``: how it went."""
 
     def __init__(
-        self, code: str, *, where: str, got: str, expected: str, mend: str, log: str = ""
+        self, code: str, *, where: str, got: str, expected: str, mend: str, run: EvaluationRun
     ) -> None:
         super().__init__(code, where=where, got=got, expected=expected, mend=mend)
-        self.log = log
+        self.run = run
 
     def __reduce__(self) -> tuple[Any, ...]:
-        names = ("where", "got", "expected", "mend", "log")
+        names = ("where", "got", "expected", "mend", "run")
         return _rebuild, (self.code, {name: getattr(self, name) for name in names})
 
 
-def _rebuild(code: str, fields: dict[str, str]) -> CommandError:
+def _rebuild(code: str, fields: dict[str, Any]) -> CommandError:
     return CommandError(code, **fields)
 
 
@@ -126,20 +126,19 @@ class CommandEvaluation:
         trial = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
         try:
             work = self._copy_folder(trial / "work", root)
-            seconds = self._execute(model_path.absolute(), trial, work)
-            return self._report(trial, work, seconds)
+            run = self._execute(model_path.absolute(), trial, work)
+            return self._report(trial, work, run)
         finally:
             if not self.keep:
                 shutil.rmtree(trial, ignore_errors=True)
 
-    def _report(self, trial: Path, work: Path, seconds: float) -> EvalReport:
-        log = read_log(trial)
+    def _report(self, trial: Path, work: Path, run: EvaluationRun) -> EvalReport:
         try:
             found = read_numbers(self.read, trial=trial, work=work, where=self._where)
             name, numbers = choose_score(found, self.metric, self._where)
         except EvaluationError as error:
             raise self._failed(
-                error.code, got=error.got, expected=error.expected, mend=error.mend, log=log
+                error.code, got=error.got, expected=error.expected, mend=error.mend, run=run
             ) from None
         return EvalReport(
             score=numbers[name],
@@ -147,8 +146,9 @@ class CommandEvaluation:
             higher_is_better=self.higher_is_better,
             metrics=numbers,
             n_samples=None,
-            seconds=seconds,
-            log=log,
+            seconds=run.seconds,
+            log=run.output_tail,
+            exit_status=run.exit_status,
         )
 
     def _copy_folder(self, work: Path, root: Path) -> Path:
@@ -173,8 +173,8 @@ class CommandEvaluation:
             ) from error
         return work
 
-    def _execute(self, model: Path, trial: Path, work: Path) -> float:
-        """Run the command to its end, and give the seconds it took."""
+    def _execute(self, model: Path, trial: Path, work: Path) -> EvaluationRun:
+        """Run the command to its end. Raises `CommandError` unless its exit status is 0."""
         paths = {"model": str(model), "work": str(work)}
         variables = {"QDIST_MODEL": paths["model"], "QDIST_WORK": paths["work"]}
         outcome = run_supervised(
@@ -186,13 +186,18 @@ class CommandEvaluation:
         )
         if outcome.kind == "unstarted":
             raise self._unstarted(outcome.reason)
+        run = EvaluationRun(
+            exit_status=outcome.code if outcome.kind == "ended" else None,
+            seconds=outcome.seconds,
+            output_tail=read_log(trial),
+        )
         if outcome.kind == "late":
             raise self._failed(
                 "QD703",
                 got=f"no end after {self.timeout_s:g} s",
                 expected="an end within timeout_s",
                 mend="raise timeout_s, or evaluate fewer samples",
-                log=read_log(trial),
+                run=run,
             )
         if outcome.kind == "lost" or outcome.code != 0:
             said = last_line(trial / "stderr") or last_line(trial / "stdout")
@@ -202,9 +207,9 @@ class CommandEvaluation:
                 expected="exit status 0",
                 mend="run it by hand; evaluation.keep=true keeps its working folder, which is a "
                 "copy of evaluation.folder and not the current folder",
-                log=read_log(trial),
+                run=run,
             )
-        return outcome.seconds
+        return run
 
     def _argv(self, paths: Mapping[str, str]) -> list[str]:
         quote = shlex.quote if self.shell else str
@@ -229,9 +234,11 @@ class CommandEvaluation:
         )
 
     def _failed(
-        self, code: str, *, got: str, expected: str, mend: str, log: str = ""
+        self, code: str, *, got: str, expected: str, mend: str, run: EvaluationRun | None = None
     ) -> CommandError:
-        return CommandError(code, where=self._where, got=got, expected=expected, mend=mend, log=log)
+        """``run``: None for a command that did not start."""
+        run = run or EvaluationRun(exit_status=None, seconds=0.0)
+        return CommandError(code, where=self._where, got=got, expected=expected, mend=mend, run=run)
 
 
 def _own_python_first() -> dict[str, str]:

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from qdist.errors import EvaluationError
+from qdist.evaluate.evaluation_run import LOG_CHARACTERS, EvaluationRun
 
 ARTIFACT_EXACT = "artifact-exact"
 """The mode in which the emitted file was run as it is written."""
-
-LOG_CHARACTERS = 4000
-"""How much of an evaluation's output reports and errors keep, from its end."""
 
 SCORE = "score"
 """The name of a number that came without one."""
@@ -34,6 +32,7 @@ class EvalReport:
     per_sample: the score of every sample, in order, where the evaluation gives them.
     stopped_early: the evaluation ended before its last sample, because this model had lost; the
         score is that of the samples so far, and ranks below every one of a whole evaluation.
+    exit_status: of a command; None where the evaluation is none.
 
     Raises `qdist.errors.EvaluationError` QD704 when the score is NaN or infinite, and
     `ValueError` when the fields contradict each other.
@@ -49,6 +48,7 @@ class EvalReport:
     mode: str = ARTIFACT_EXACT
     per_sample: tuple[float, ...] = ()
     stopped_early: bool = False
+    exit_status: int | None = None
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.score):
@@ -68,14 +68,24 @@ class EvalReport:
         object.__setattr__(self, "metrics", dict(self.metrics))
         object.__setattr__(self, "log", self.log[-LOG_CHARACTERS:])
 
+    @property
+    def run(self) -> EvaluationRun:
+        """How the evaluation went."""
+        return EvaluationRun(
+            exit_status=self.exit_status, seconds=self.seconds, output_tail=self.log
+        )
+
     def to_json(self) -> dict[str, Any]:
         """A JSON object. Numbers that JSON lacks become the strings "nan", "inf" and "-inf".
-        ``per_sample`` and ``stopped_early`` are left out where they say nothing."""
+        ``per_sample``, ``stopped_early`` and ``exit_status`` are left out where they say
+        nothing."""
         rest: dict[str, Any] = {}
         if self.per_sample:
             rest["per_sample"] = list(self.per_sample)
         if self.stopped_early:
             rest["stopped_early"] = True
+        if self.exit_status is not None:
+            rest["exit_status"] = self.exit_status
         return {
             "score": self.score,
             "metric": self.metric,

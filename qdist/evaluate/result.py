@@ -8,7 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from qdist.evaluate.report import LOG_CHARACTERS, named_numbers, unusable
+from qdist.evaluate.evaluation_run import LOG_CHARACTERS
+from qdist.evaluate.report import named_numbers, unusable
 
 Read = Literal["auto", "stdout", "metrics.txt", "metrics.json"]
 """Where the numbers are; see `qdist.evaluate.command.CommandEvaluation`."""

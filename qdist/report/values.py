@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qdist.evaluate.compare import LayerComparison
+from qdist.evaluate.evaluation_run import EvaluationRun
 
 STATUSES = ("ok", "failed")
 
@@ -68,7 +69,8 @@ class TrialRow:
 
     ``score``: None when it failed, and then ``reason`` says why. ``n_bytes``: its artifact, 0 when
     none was written. ``counts``: layers of each precision. ``changed``: layers that differ from
-    the baseline. ``status``: one of `STATUSES`.
+    the baseline. ``status``: one of `STATUSES`. ``evaluation``: how its evaluation went; None where
+    the trial did not get so far.
     """
 
     number: int
@@ -83,6 +85,7 @@ class TrialRow:
     seconds: float
     is_best: bool
     is_baseline: bool
+    evaluation: EvaluationRun | None = None
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:

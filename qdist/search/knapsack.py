@@ -20,6 +20,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 
 from qdist.search.lagrange import swept
+from qdist.search.solver_output import without_stray_lines
 
 GAP = 1e-4
 """Relative distance to the optimum at which the solver may stop."""
@@ -194,13 +195,14 @@ class _Program:
         top = float(np.abs(target).max()) or 1.0
         integrality = np.zeros(len(harms))
         integrality[: self._n] = 1
-        result = milp(
-            target / top,
-            integrality=integrality,
-            bounds=Bounds(0, 1),
-            constraints=constraints,
-            options={"mip_rel_gap": GAP},
-        )
+        with without_stray_lines():
+            result = milp(
+                target / top,
+                integrality=integrality,
+                bounds=Bounds(0, 1),
+                constraints=constraints,
+                options={"mip_rel_gap": GAP},
+            )
         if result.x is None:
             return None
         x: NDArray[np.float64] = result.x

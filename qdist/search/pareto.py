@@ -141,7 +141,7 @@ class Pareto:
         exact = knapsack.solve(best.cost)
         if exact is not None and not self._is_seen(self._choices(exact)):
             best = exact
-        label = f"{self._problem.costs.unit} {_short(best.cost)}"
+        label = cost_text(self._problem.costs.unit, best.cost)
         return label, self._choices(best), best.harm
 
     def _gaps(self, found: list[Candidate]) -> Gaps:
@@ -226,5 +226,15 @@ class Pareto:
         self._greedy_asked = []
 
 
-def _short(cost: float) -> str:
-    return f"{cost:.4g}"
+def cost_text(unit: str, cost: float) -> str:
+    """A cost in words, for a unit of `qdist.search.costs.Costs`.
+
+    >>> cost_text("bytes", 98690), cost_text("bit_operations", 2.5e9), cost_text("latency", 12)
+    ('98.69 kB of weights', '2.5 G bit operations', '12 us')
+    """
+    if unit == "latency":
+        return f"{cost:.4g} us"
+    steps = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+    size, prefix = next(((s, p) for s, p in steps if cost >= s), (1.0, ""))
+    what = f"{prefix}B of weights" if unit == "bytes" else f"{prefix} bit operations".lstrip()
+    return f"{cost / size:.4g} {what}"

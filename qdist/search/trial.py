@@ -8,6 +8,7 @@ from typing import Protocol
 
 from qdist.digest import digest_json
 from qdist.evaluate.compare import Deviation
+from qdist.evaluate.evaluation_run import EvaluationRun
 from qdist.evaluate.report import EvalReport
 from qdist.plan.choice import LayerChoice
 
@@ -54,6 +55,10 @@ class Candidate:
         return dict.fromkeys(self.changed, f"trial {self.number}")
 
 
+EVALUATION = "evaluation"
+"""Among the details of a trial whose evaluation failed: its `EvaluationRun`, as JSON."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
     """A finished candidate: its report, or the reason why there is none.
@@ -68,6 +73,14 @@ class Trial:
     reason: str = ""
     details: Mapping[str, object] = field(default_factory=dict)
     layers: Mapping[str, Deviation] = field(default_factory=dict)
+
+    @property
+    def evaluation(self) -> EvaluationRun | None:
+        """How its evaluation went, finished or failed; None where the trial did not get so far."""
+        if self.report is not None:
+            return self.report.run
+        failed = self.details.get(EVALUATION)
+        return EvaluationRun.from_json(failed) if isinstance(failed, Mapping) else None
 
     @property
     def rank(self) -> tuple[float, float, float, float]:

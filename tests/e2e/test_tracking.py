@@ -11,10 +11,15 @@ from typing import Literal
 
 import pytest
 
+from qdist.cli.commands.tune_log import TrialLog
 from qdist.cli.tracking import SPOOL_NAME, Tracker, open_tracker
 from qdist.cli.tracking.mlflow_sink import MlflowSink
 from qdist.cli.tracking.spool import REFUSED_NAME, Spool
+from qdist.cli.tracking.trials_view import KEY
 from qdist.errors import ArtifactError, ConfigError
+from qdist.evaluate.evaluation_run import EvaluationRun
+from qdist.evaluate.report import EvalReport
+from qdist.search.trial import EVALUATION, Candidate, Trial
 from tests.e2e.mlflow_server import MlflowServer, free_port, mlflow_server
 from tests.e2e.tracked import artifact, client_for, spec, sqlite_uri
 
@@ -111,6 +116,23 @@ def test_parent_and_trials_are_recorded(uri: str, tmp_path: Path) -> None:
         ranges = json.loads(artifact(uri, child_id, "plan/ranges.json", folder))
         assert ranges == {"ranges": [0.5, "nan"]}
         assert artifact(uri, child_id, "model/vit.onnx", folder) == "weights"
+
+
+def test_an_experiment_has_a_view_of_trials_which_users_may_change(
+    uri: str, tmp_path: Path
+) -> None:
+    tag = f"mlflow.sharedViewState.{KEY}"
+    open_tracker(spec(uri), spool_folder=tmp_path / "out")
+    client = client_for(uri)
+    found = client.get_experiment_by_name("digits")
+    view = json.loads(found.tags[tag])
+    assert view["name"] == "Trials"
+    state = json.loads(view["state"])
+    assert "metrics.`score`" in state["selectedColumns"]
+    client.set_experiment_tag(found.experiment_id, tag, "mine")
+    open_tracker(spec(uri), spool_folder=tmp_path / "out")
+    assert client.get_experiment(found.experiment_id).tags[tag] == "mine"
+    client.delete_experiment_tag(found.experiment_id, tag)
 
 
 def test_awkward_names_and_values_are_kept_and_confessed(uri: str, tmp_path: Path) -> None:
@@ -396,3 +418,40 @@ def test_a_refused_record_is_spooled_and_the_next_one_is_written(
     assert not (tmp_path / SPOOL_NAME).exists(), "sending it again would not help"
     assert "n" in (tmp_path / REFUSED_NAME).read_text()
     assert client_for(server.url).get_run(run.id).data.metrics == {"score": 1.0}
+
+
+def test_how_a_trials_command_ended_is_recorded(tmp_path: Path) -> None:
+    uri = sqlite_uri(tmp_path)
+    ran = EvaluationRun(exit_status=3, seconds=1.25, output_tail="no label file\n")
+    failed = {"evaluation_s": 1.5, EVALUATION: ran.to_json()}
+    report = EvalReport(
+        score=0.5,
+        metric="top1",
+        higher_is_better=True,
+        metrics={"top1": 0.5},
+        n_samples=None,
+        seconds=2.0,
+        log="0.5\n",
+        exit_status=0,
+    )
+    plans = [Candidate(number=i, label="int8", choices={}) for i in range(3)]
+    trials = [
+        Trial(candidate=plans[0], report=None, n_bytes=9, reason="QD702", details=failed),
+        Trial(candidate=plans[1], report=report, n_bytes=9, details={"evaluation_s": 2.25}),
+        Trial(candidate=plans[2], report=None, n_bytes=0, reason="QD507"),
+    ]
+    with open_tracker(spec(uri), spool_folder=tmp_path / "out") as tracker:
+        parent = tracker.start_run("search", command="tune", config={})
+        with TrialLog(parent, tmp_path / "trials", "net", "none") as log:
+            for trial in trials:
+                log.add(trial)
+        children = parent.children()
+    client = client_for(uri)
+    data = [client.get_run(children[number].run).data for number in range(3)]
+    assert [d.tags["qdist.status"] for d in data] == ["failed", "ok", "failed"]
+    assert [d.tags.get("qdist.exit_status") for d in data] == ["3", "0", None]
+    assert [d.metrics.get("evaluation_s") for d in data] == [1.5, 2.25, None]
+    for number, said in ((0, "no label file\n"), (1, "0.5\n")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        assert artifact(uri, children[number].run, "evaluation.log", folder) == said

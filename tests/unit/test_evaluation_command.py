@@ -15,6 +15,7 @@ import pytest
 
 from qdist.errors import ArtifactError, ConfigError
 from qdist.evaluate.command import CommandError, CommandEvaluation
+from qdist.evaluate.evaluation_run import EvaluationRun
 from qdist.evaluate.result import parse_numbers
 from tests.user_commands import command, failure, python
 
@@ -46,6 +47,9 @@ def test_the_last_line_of_stdout_is_the_metric(model: Path, scratch: Path) -> No
     assert report.mode == "artifact-exact"
     assert report.n_samples is None
     assert 0 < report.seconds < 60
+    assert report.run == EvaluationRun(
+        exit_status=0, seconds=report.seconds, output_tail=report.log
+    )
     assert "loading" in report.log
     assert "warned" in report.log
     assert list(scratch.iterdir()) == []
@@ -160,13 +164,16 @@ def test_a_failure_says_the_status_and_the_last_line(model: Path, scratch: Path)
     assert error.code == "QD702"
     assert error.got == "exit status 1; its last line: 'no such label file'"
     again = pickle.loads(pickle.dumps(error))
-    assert (type(again), str(again), again.log) == (CommandError, str(error), error.log)
-    assert error.log == "7\nfirst\nno such label file\n"
+    assert (type(again), str(again), again.run) == (CommandError, str(error), error.run)
+    assert error.run.exit_status == 1
+    assert 0 < error.run.seconds < 60
+    assert error.run.output_tail == "7\nfirst\nno such label file\n"
 
 
 def test_a_crash_names_the_signal(model: Path, scratch: Path) -> None:
     text = "import os; os.kill(os.getpid(), 11)"
-    assert failure(python(text), model, scratch).got == "killed by SIGSEGV, and no output"
+    error = failure(python(text), model, scratch)
+    assert (error.got, error.run.exit_status) == ("killed by SIGSEGV, and no output", -11)
     shell = command("kill -9 $$", shell=True)
     assert failure(shell, model, scratch).got == "killed by SIGKILL, and no output"
     assert "SIGKILL" in failure(command("sh", "-c", "exit 137"), model, scratch).got

@@ -35,6 +35,7 @@ def test_a_report_round_trips_through_json() -> None:
     text = json.dumps(report().to_json(), allow_nan=False)
     again = EvalReport.from_json(json.loads(text))
     assert again == report()
+    assert EvalReport.from_json(report(exit_status=0).to_json()) == report(exit_status=0)
     assert again.mode == "artifact-exact"
     assert len(again.log) == 4000
 

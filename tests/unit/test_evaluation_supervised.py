@@ -75,7 +75,9 @@ def test_time_runs_out_and_the_grandchild_goes_too(
     assert time.monotonic() - started < 8
     assert error.code == "QD703"
     assert error.got == "no end after 1 s"
-    assert error.log == "started\n"
+    assert error.run.output_tail == "started\n"
+    assert error.run.exit_status is None
+    assert 1.0 <= error.run.seconds < 8
     assert [is_alive(int(pid)) for pid in pids.read_text().split()] == [False, False]
 
 

@@ -18,6 +18,7 @@ from rich.console import Console, RenderableType
 from qdist.emit.qdq import emit_qdq
 from qdist.errors import ArtifactError, ModelError
 from qdist.evaluate.compare import Deviation, LayerComparison
+from qdist.evaluate.evaluation_run import EvaluationRun
 from qdist.plan.choice import LayerChoice
 from qdist.plan.plan import LayerPlan, QuantizationPlan
 from qdist.plan.planner import Planner
@@ -439,6 +440,26 @@ class TestPage:
         assert found.cells.index("bad") < found.cells.index("good")
         assert found.tags.count("svg") == 3
         assert "qdist show &#39;my plan.json&#39;" in page
+
+    def test_a_failed_trial_says_how_its_evaluation_went(self) -> None:
+        run = EvaluationRun(exit_status=3, seconds=61.0, output_tail=f"loading\n{NASTY}")
+        late = EvaluationRun(exit_status=None, seconds=2.5)
+        rows = [
+            trial(0, 0.5, is_best=True, evaluation=replace(run, exit_status=0)),
+            trial(1, None, evaluation=run),
+            trial(2, None, evaluation=late),
+            trial(3, None),
+        ]
+        page = render_page(summary(), [], rows)
+        assert "<script>alert" not in page
+        failed = [cell for cell in parsed(page).cells if "failed" in cell]
+        said = [" ".join(cell.split()) for cell in failed]
+        assert said == [
+            "try 1failedit brokeevaluation: exit status 3, 1 min 01 s the end of its output"
+            f"loading {NASTY}",
+            "try 2failedit brokeevaluation: 2.50 s",
+            "try 3failedit broke",
+        ]
 
     def test_needs_nothing_from_anywhere(self) -> None:
         page = render_page(summary(), [layer("a", 3.0)], [trial(0, 0.5, is_best=True)])

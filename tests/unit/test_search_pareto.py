@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,9 +23,10 @@ from qdist.search.costs import Costs, Edge, bit_operations, weight_bytes
 from qdist.search.front import Front, answer_of, front_of
 from qdist.search.gaps import Gaps
 from qdist.search.greedy import Greedy, GreedySettings, greedy_for
-from qdist.search.pareto import Pareto
+from qdist.search.pareto import Pareto, cost_text
 from qdist.search.problem import Interaction, SearchLayer, SearchProblem
 from qdist.search.settings import SearchSettings
+from qdist.search.solver_output import without_stray_lines
 from qdist.search.strategies import STRATEGIES, check_strategy, make_strategy
 from qdist.search.trial import Candidate, Trial, best_of, choices_key
 
@@ -436,3 +439,29 @@ def test_the_widest_gap_lies_between_plans_that_differ_in_cost_and_in_loss() -> 
     free = Gaps.of([(0.0, 0.1), (1.0, 0.0)])
     assert free.worth(0.0) == 0
     assert free.with_plan(0.5).worth(0.7) > 0
+
+
+def test_the_solvers_stray_lines_do_not_reach_stdout(capfd: pytest.CaptureFixture[str]) -> None:
+    libc = ctypes.CDLL(None)
+    libc.printf(b"before\n")
+    with without_stray_lines():
+        libc.printf(b"HighsMipSolverData::transformNewIntegerFeasibleSolution tmpSolver.run();\n")
+        os.write(1, b"of another thread\n")
+        libc.printf(b"%s", b"no end of line")
+    libc.printf(b"after\n")
+    libc.fflush(None)
+    assert capfd.readouterr().out == "before\nof another thread\nno end of lineafter\n"
+
+
+@pytest.mark.parametrize(
+    ("unit", "cost", "said"),
+    [
+        ("bytes", 98_690.0, "98.69 kB of weights"),
+        ("bytes", 12.0, "12 B of weights"),
+        ("bit_operations", 2.5e9, "2.5 G bit operations"),
+        ("bit_operations", 12.0, "12 bit operations"),
+        ("latency", 1234.5, "1234 us"),
+    ],
+)
+def test_a_cost_in_words(unit: str, cost: float, said: str) -> None:
+    assert cost_text(unit, cost) == said

@@ -116,9 +116,8 @@ class TrialLog:
         self._runs[number] = child.id
         child.log(metrics=self._metrics(trial), params=self._params(trial), tags=_tags(trial))
         child.log_table(_layer_rows(trial), "layers.csv")
-        log = trial.report.log if trial.report is not None else str(trial.details.get("log", ""))
-        if log:
-            child.log_text(log, "evaluation.log")
+        if trial.evaluation is not None and trial.evaluation.output_tail:
+            child.log_text(trial.evaluation.output_tail, "evaluation.log")
         place = self._place(number) / "plan.json"
         if place.exists():
             child.log_text(place.read_text(encoding="utf-8"), place.name)
@@ -206,6 +205,8 @@ def _tags(trial: Trial) -> dict[str, str]:
         "qdist.changed": ", ".join(trial.candidate.changed),
         "qdist.reused": str(bool(trial.details.get("reused"))).lower(),
     }
+    if trial.evaluation is not None and trial.evaluation.exit_status is not None:
+        tags["qdist.exit_status"] = str(trial.evaluation.exit_status)
     return tags if trial.report else {**tags, "qdist.reason": trial.reason}
 
 

@@ -209,4 +209,5 @@ def _row(trial: Trial, best: Trial) -> TrialRow:
         seconds=sum(v for v in trial.details.values() if isinstance(v, float)),
         is_best=trial is best,
         is_baseline=trial.candidate.number == 0,
+        evaluation=trial.evaluation,
     )

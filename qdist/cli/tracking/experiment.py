@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qdist.cli.tracking.trials_view import add_trials_view
 from qdist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -11,7 +12,8 @@ if TYPE_CHECKING:
 
 
 def find_experiment(client: MlflowClient, name: str, *, location: str | None) -> str:
-    """The id of experiment ``name``, created if missing. Raises QD104 if it was deleted.
+    """The id of experiment ``name``, created if missing, with its view of trials. Raises QD104 if
+    it was deleted.
 
     ``location`` is where a new one keeps its artifacts; None leaves that to the server.
     """
@@ -20,7 +22,9 @@ def find_experiment(client: MlflowClient, name: str, *, location: str | None) ->
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return str(client.create_experiment(name, artifact_location=location))
+            made = str(client.create_experiment(name, artifact_location=location))
+            add_trials_view(client, made, {})
+            return made
         except MlflowException:
             found = client.get_experiment_by_name(name)  # another driver was faster
             if found is None:
@@ -33,4 +37,5 @@ def find_experiment(client: MlflowClient, name: str, *, location: str | None) ->
             expected="an active experiment",
             mend=f"choose another name, or: mlflow experiments restore -x {found.experiment_id}",
         )
+    add_trials_view(client, str(found.experiment_id), found.tags)
     return str(found.experiment_id)
