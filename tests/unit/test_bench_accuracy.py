@@ -84,32 +84,34 @@ def test_coverage_is_counted_in_the_file(tmp_path: Path) -> None:
         assert found.n_activations == quantized
 
 
-def test_models_side_by_side_are_measured_alike(tmp_path: Path) -> None:
-    found = {}
-    for jobs in (1, 2):
-        written = tmp_path / f"{jobs}.json"
-        command = [str(SCRIPTS / "bench_accuracy.py"), "--quick", "--jobs", str(jobs)]
-        command += ["--only", "digits_cnn", "--only", "digits_vit", "--picker", "io_high"]
-        subprocess.run(
-            [sys.executable, *command, "--json", str(written)], check=True, capture_output=True
-        )
-        found[jobs] = json.loads(written.read_text("utf-8"))["models"]
-    assert list(found[1]) == list(found[2]) == ["digits_vit", "digits_cnn"]
-    for models in found.values():
-        for model in models.values():
-            assert "unfinished" not in model
-            del model["seconds"], model["cpu_seconds"]
-    assert found[1] == found[2]
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """What a smoke run writes, and what it prints."""
+    written = tmp_path_factory.mktemp("smoke") / "accuracy.json"
+    return written, run_quick("--json", str(written))
 
 
-def test_a_smoke_run_measures_both_sides(tmp_path: Path) -> None:
-    written = tmp_path / "accuracy.json"
-    done = subprocess.run(
-        [sys.executable, str(SCRIPTS / "bench_accuracy.py"), "--quick", "--json", str(written)],
-        check=True,
-        capture_output=True,
-        text=True,
+def run_quick(*words: str) -> str:
+    command = [sys.executable, str(SCRIPTS / "bench_accuracy.py"), "--quick", *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_models_side_by_side_are_measured_alike(smoke: tuple[Path, str], tmp_path: Path) -> None:
+    written = tmp_path / "two.json"
+    run_quick(
+        *("--only", "digits_cnn", "--only", "digits_vit"),
+        *("--jobs", "2", "--picker", "io_high", "--json", str(written)),
     )
+    found = json.loads(written.read_text("utf-8"))["models"]
+    assert list(found) == ["digits_vit", "digits_cnn"]
+    assert not any("unfinished" in model for model in found.values())
+    alone = json.loads(smoke[0].read_text("utf-8"))["models"]["digits_cnn"]
+    for key in ("rows", "against_ort", "wide_against_float"):
+        assert found["digits_cnn"][key] == alone[key]
+
+
+def test_a_smoke_run_measures_both_sides(smoke: tuple[Path, str]) -> None:
+    written, printed = smoke
     (model,) = json.loads(written.read_text("utf-8"))["models"].values()
     tools = {row["tool"] for row in model["rows"]}
     assert tools == {"qdist", "onnxruntime"}
@@ -117,10 +119,4 @@ def test_a_smoke_run_measures_both_sides(tmp_path: Path) -> None:
     assert {(e["symmetric"], e["metric"]) for e in model["against_ort"]} == {
         (s, m) for s in (False, True) for m in ("agreement", "sqnr_db", "top1")
     }
-    again = subprocess.run(
-        [sys.executable, str(SCRIPTS / "bench_accuracy.py"), "--markdown", str(written)],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    assert again.stdout == done.stdout
+    assert run_quick("--markdown", str(written)) == printed
