@@ -62,6 +62,7 @@ def keep_best(
     projected = target.project(plan)
     path = context.folder / "model.onnx"
     with context.working("writing the best model"):
+        frozen = own.graph.model
         artifact = emit_qdq(frozen, projected, path, execution=context.execution)
         projected.plan.save(context.folder / "plan.json")
         layers = compare_layers(
