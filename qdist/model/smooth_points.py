@@ -333,4 +333,4 @@ class _Finder:
         rank = self._rank(node.input[0])
         # A choice of rows, such as the class token.
         is_choice = node.op_type == "Gather" and self._graph.is_activation(node.input[0])
-        return is_choice and bool(rank) and attribute(node, "axis", 0) not in (-1, rank - 1)
+        return is_choice and rank is not None and attribute(node, "axis", 0) not in (-1, rank - 1)
