@@ -80,7 +80,8 @@ class LayerSamples:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialSetup:
     """What a worker needs besides the candidate. Picklable. ``reference``: `Scorer.reference` of
-    a scorer that lives until the search has ended. ``layers``: None where no layer is compared."""
+    a scorer that lives until the search has ended. ``layers``: None where no layer is compared.
+    ``factors``: what factors of smoothing come from; None: ``record``."""
 
     frozen: FrozenModel
     record: CalibrationRecord
@@ -93,6 +94,7 @@ class TrialSetup:
     reference: Path | None = None
     scorer_options: dict[str, Any] = field(default_factory=dict)
     layers: LayerSamples | None = None
+    factors: CalibrationRecord | None = None
 
 
 class TrialWorker:
@@ -168,7 +170,10 @@ class TrialWorker:
             while len(self._planners) >= _KEPT_PLANNERS:
                 self._planners.pop(next(iter(self._planners)))
             self._planners[key] = planner_with(
-                self._planner, dict(task.settings), lambda _: self._statistics(task)
+                self._planner,
+                dict(task.settings),
+                lambda _: self._statistics(task),
+                self._setup.factors,
             )
         return self._planners[key]
 

@@ -7,7 +7,7 @@ so a store of its own, below that of the model that it was made of.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from qdist.calibration.blockwise import block_records
@@ -23,6 +23,19 @@ from qdist.stats.record import CalibrationRecord
 from qdist.store.protocol import CalibrationStore, FinishedMerge
 from qdist.store.receipt import Batch
 from qdist.store.zarr_store import open_store
+
+
+def channels_location(location: str) -> str:
+    """Where extrema of channels along other axes are, for the store at ``location``."""
+    return f"{location.rstrip('/')}/smoothed/channels"
+
+
+def channels_job(job: CalibrationJob, axes: Mapping[str, int]) -> CalibrationJob:
+    """What measures some tensors of the model as it is again, with their channels along these axes:
+    shape inference does not find every rank, and images have theirs along the second axis."""
+    taps = only(job.taps, tuple(tensor for tensor in job.taps.tensors if tensor in axes))
+    measuring = replace(job.measuring, axes=axes)
+    return replace(job, taps=taps, observer=measuring.observer(taps), measuring=measuring, notes=())
 
 
 def smoothed_location(location: str, smoothed: FrozenModel) -> str:
@@ -93,6 +106,21 @@ def stored_rows(
             "nothing else is measured again",
         )
     return store, found
+
+
+def stored_channels(
+    location: str, merge: FinishedMerge, axes: Mapping[str, int]
+) -> CalibrationRecord:
+    """The record of ``merge``, with the rows of `channels_job` where there are such."""
+    tensors = [tensor for tensor in merge.taps.tensors if tensor in axes]
+    try:
+        store = open_store(channels_location(location))
+        found = store.find(merge_name_of(merge.batches, tensors)) if tensors else None
+    except StoreError as error:
+        if error.code != "QD402":
+            raise
+        found = None
+    return merge.record if found is None else joined(merge.record, found.record)
 
 
 def joined_blocks(

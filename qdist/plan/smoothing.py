@@ -78,6 +78,18 @@ def find_smoothing(
     return FoundSmoothing(smoothing=smoothing, left=left)
 
 
+def lacking_channels(graph: Graph, record: CalibrationRecord) -> dict[str, int]:
+    """Measured tensors that could be smoothed, were extrema of their channels known -> the axis of
+    these."""
+    return {
+        point.tensor: point.axis
+        for point in find_points(graph).points
+        if point.axis is not None
+        and point.tensor in record
+        and record.channel_axis(point.tensor) != point.axis
+    }
+
+
 def _exponents(
     graph: Graph, record: CalibrationRecord, taps: TapTable, point: SmoothPoint, alpha: float
 ) -> NDArray[np.int32] | str:
@@ -85,10 +97,9 @@ def _exponents(
     if point.tensor not in record:
         return "it was not measured"
     channels = record.channels(point.tensor)
-    if channels is None:
+    if channels is None or point.axis is None:
         return "its statistics have no channels"
-    is_along = record.channel_axis(point.tensor) == point.axis
-    if not is_along or channels.magnitude.size != point.n_channels:
+    if record.channel_axis(point.tensor) != point.axis:
         return "its statistics count channels along another axis"
     activation = channels.magnitude.astype(np.float64)
     weight = np.zeros(point.n_channels)

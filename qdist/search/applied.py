@@ -19,12 +19,15 @@ OF_STATISTICS = ("n_samples", "smoothing")
 
 
 def planner_with(
-    planner: Planner, settings: Settings, statistics: Callable[[Settings], CalibrationRecord]
+    planner: Planner,
+    settings: Settings,
+    statistics: Callable[[Settings], CalibrationRecord],
+    factors: CalibrationRecord | None = None,
 ) -> Planner:
     """The planner as ``settings`` (`qdist.search.trial.SETTINGS`) want it; itself for none.
 
     ``statistics(settings)``: those of a candidate with settings that `needs_statistics`. Factors of
-    smoothing come from the planner's own record, which is to be of the model as it is. Raises
+    smoothing come from ``factors``, of the model as it is; None: the planner's own record. Raises
     `ValueError` for a setting that no planner has, QD212, and what ``statistics`` raises.
     """
     if not settings:
@@ -36,7 +39,7 @@ def planner_with(
     graph, old = planner.graph, planner.settings
     if "smoothing" in settings:
         alpha = float(settings["smoothing"])
-        found = find_smoothing(graph, planner.record, planner.taps, alpha)
+        found = find_smoothing(graph, factors or planner.record, planner.taps, alpha)
         graph = Graph(smoothed_model(graph, found.smoothing), graph.execution)
     record = statistics(settings) if needs_statistics(settings) else planner.record
     new = replace(old, saturation_parameters={**old.saturation_parameters, **parameters})

@@ -16,12 +16,15 @@ from qdist.calibration import CalibrationJob, CalibrationSettings, calibrate_her
 from qdist.calibration.blockwise import block_records
 from qdist.calibration.here import statistics_here
 from qdist.calibration.smoothed import (
+    channels_job,
+    channels_location,
     joined,
     joined_blocks,
     on_batches,
     smoothed_job,
     smoothed_location,
     smoothed_rows,
+    stored_channels,
     stored_rows,
 )
 from qdist.emit.qdq import emit_qdq
@@ -33,11 +36,12 @@ from qdist.model.session import measuring_session, run, scoring_session
 from qdist.model.smooth_points import find_points
 from qdist.model.smoothed import smoothed_model
 from qdist.model.smoothing import Smoothing
+from qdist.model.taps import tapped_graph
 from qdist.plan.choice import LayerChoice
 from qdist.plan.plan import load_plan
 from qdist.plan.planner import Planner, PlanSettings
 from qdist.plan.resolved import resolved_digest
-from qdist.plan.smoothing import find_smoothing
+from qdist.plan.smoothing import find_smoothing, lacking_channels
 from qdist.search.applied import planner_with
 from qdist.stats.record import CalibrationRecord
 from qdist.store.zarr_store import ZarrStore, create_store, open_store
@@ -389,7 +393,7 @@ def two_layers(*extra: onnx.NodeProto, outputs: tuple[str, ...] = ("y",), **cons
         *extra,
     ]
     constants = {"g": gamma(5), "w": linear(WIDTH, 4, 50), **constants}
-    shapes = {"y": ["n", TOKENS, 4]}
+    shapes: dict[str, list[int | str | None]] = {"y": ["n", TOKENS, 4]}
     return model(
         nodes,
         [value("x", ["n", TOKENS, WIDTH])],
@@ -473,6 +477,47 @@ def test_channels_along_another_axis_of_a_batch_normalization(tmp_path: Path) ->
     assert (point.tensor, point.axis) == ("n", 1)
     frozen, _, _ = own.smoothed(own.smoothing())
     assert np.array_equal(outputs(own.frozen, batch(source))[0], outputs(frozen, batch(source))[0])
+
+
+def test_channels_that_the_statistics_lack_are_measured(tmp_path: Path) -> None:
+    """Four axes count as an image's, whose channels are the second; these lie along the last."""
+    node = helper.make_node
+    nodes = [
+        node("LayerNormalization", ["x", "g"], ["n"], "ln"),
+        node("MatMul", ["n", "w"], ["y"], "mm"),
+    ]
+    proto = model(
+        nodes,
+        [value("x", ["n", 2, TOKENS, WIDTH])],
+        [value("y", ["n", 2, TOKENS, 4])],
+        {"g": gamma(5), "w": linear(WIDTH, 4, 50)},
+        opset=17,
+    )
+    source = samples_of("x", 2, TOKENS, WIDTH, n=6)
+    own = Measured(proto, tmp_path, source)
+    with pytest.raises(ModelError, match="another axis"):
+        own.smoothing()
+    axes = lacking_channels(own.graph, own.record)
+    assert axes == {"n": 3}
+    merge = own.store.latest()
+    assert stored_channels(own.store.location, merge, axes) is merge.record
+    job = channels_job(own.job, axes)
+    store = create_store(channels_location(own.store.location), job.identity)
+    calibrate_here(job, source, store)
+    factors = stored_channels(own.store.location, merge, axes)
+    assert factors.histogram("n").counts.tolist() == own.record.histogram("n").counts.tolist()
+    channels = factors.channels("n")
+    assert channels is not None
+    (values,) = run(
+        measuring_session(tapped_graph(own.graph, job.taps), tmp_path, EXECUTION),
+        ["n"],
+        batch(source),
+    )
+    assert np.array_equal(channels.magnitude, np.abs(values).max(axis=(0, 1, 2)))
+    found = find_smoothing(own.graph, factors, own.job.taps, 0.5)
+    frozen = smoothed_model(own.graph, found.smoothing)
+    before, after = outputs(own.frozen, batch(source)), outputs(frozen, batch(source))
+    assert np.array_equal(before[0], after[0])
 
 
 def test_numbers_stay_normal(tmp_path: Path) -> None:

@@ -10,12 +10,15 @@ from qdist.calibration.feeds import load_phases
 from qdist.calibration.here import calibrate_here, statistics_here
 from qdist.calibration.job import CalibrationJob
 from qdist.calibration.smoothed import (
+    channels_job,
+    channels_location,
     joined,
     joined_blocks,
     on_batches,
     smoothed_job,
     smoothed_location,
     smoothed_rows,
+    stored_channels,
     stored_rows,
 )
 from qdist.cli import schema
@@ -25,7 +28,7 @@ from qdist.errors import ConfigError
 from qdist.model.difference import rewriting_difference
 from qdist.model.graph import Graph
 from qdist.model.smoothed import smoothed_model
-from qdist.plan.smoothing import find_smoothing
+from qdist.plan.smoothing import find_smoothing, lacking_channels
 from qdist.search.trial import Settings
 from qdist.stats.record import CalibrationRecord
 from qdist.store.protocol import FinishedMerge
@@ -65,7 +68,8 @@ def stored(
 ) -> Smoothed:
     """The model smoothed with ``alpha``, with statistics that were measured before. ``blocks``: of
     the model as it is. Raises QD212, and QD402 where they were not measured."""
-    found = find_smoothing(graph, merge.record, merge.taps, alpha)
+    factors = stored_channels(store.location, merge, lacking_channels(graph, merge.record))
+    found = find_smoothing(graph, factors, merge.taps, alpha)
     rows = smoothed_rows(graph, merge.taps, found.smoothing)
     smoothed = smoothed_model(graph, found.smoothing)
     own, rows_merge = stored_rows(store.location, smoothed, merge, rows)
@@ -86,6 +90,20 @@ class Smoother:
         self._graph = graph
         self._done = done
         self._known: dict[float, _Measuring] = {}
+        self._factors: CalibrationRecord | None = None
+
+    def factors(self, config: schema.CalibrateSettings | schema.TuneSettings) -> CalibrationRecord:
+        """What factors come from: the calibration's record, with the extrema of channels that it
+        lacks; these are measured over the pool, once for all strengths."""
+        if self._factors is None:
+            done = self._done
+            self._factors = done.merged.record
+            if axes := lacking_channels(self._graph, self._factors):
+                job = on_batches(channels_job(done.job, axes), done.store.latest().batches)
+                store = create_store(channels_location(done.store.location), job.identity)
+                rows = steps.measured(self._context, job, done.source, store, config.cluster)
+                self._factors = joined(self._factors, rows.record)
+        return self._factors
 
     def smoothed(
         self, alpha: float, config: schema.CalibrateSettings | schema.TuneSettings
@@ -94,6 +112,7 @@ class Smoother:
 
         Raises QD212, QD207, and what a calibration raises.
         """
+        self.factors(config)
         own, done = self._measuring(alpha), self._done
         self._context.notes(own.notes)
         rows = steps.measured(self._context, own.whole, done.source, own.store, config.cluster)
@@ -105,7 +124,7 @@ class Smoother:
 
     def rows_here(self, alpha: float, n_samples: int | None) -> CalibrationRecord:
         """The rows that smoothing changes, of the first so many samples or all; what lacks is
-        measured in this process. Raises as `smoothed`, and QD311."""
+        measured in this process. Comes after `factors`. Raises as `smoothed`, and QD311."""
         own, source = self._measuring(alpha), self._done.source
         if n_samples is not None:
             return statistics_here(own.job, source, own.store, n_samples).record
@@ -116,7 +135,8 @@ class Smoother:
         if alpha in self._known:
             return self._known[alpha]
         done, graph = self._done, self._graph
-        found = find_smoothing(graph, done.merged.record, done.job.taps, alpha)
+        record = self._factors or done.merged.record
+        found = find_smoothing(graph, record, done.job.taps, alpha)
         model = smoothed_model(graph, found.smoothing)
         rows = smoothed_rows(graph, done.job.taps, found.smoothing)
         job = smoothed_job(done.job, Graph(model, graph.execution), rows)
@@ -148,8 +168,16 @@ class Smoother:
 class TrialStatistics:
     """Statistics that candidates of a search ask for, by their settings."""
 
-    def __init__(self, done: steps.Calibrated, smoother: Smoother, alpha: float | None) -> None:
-        """``alpha``: of the run itself; candidates may have another only where it is None."""
+    def __init__(
+        self,
+        done: steps.Calibrated,
+        smoother: Smoother,
+        alpha: float | None,
+        factors: CalibrationRecord | None,
+    ) -> None:
+        """``alpha``: of the run itself; candidates may have another only where it is None.
+        ``factors``: what theirs come from; None where they may not."""
+        self.factors = factors
         self._done = done
         self._smoother = smoother
         self._alpha = alpha

@@ -60,9 +60,11 @@ def run(context: Context[TuneSettings]) -> None:
         smoothing.measure_all(context, graph, done, settings, alphas)
         smoother = smoothing.Smoother(context, graph, done)
         alpha, record = settings.quantization.smoothing, merged.record
+        factors = None
         if is_smoothing_searched:
-            # Whether there is anything to smooth does not depend on the strength.
-            find_smoothing(graph, record, job.taps, 0.5)
+            factors = smoother.factors(settings)
+            # Better known now than in every trial: there is something to smooth.
+            find_smoothing(graph, factors, job.taps, 0.5)
         if alpha is not None:
             found_rows = smoother.smoothed(alpha, settings)
             graph, record, frozen = found_rows.graph, found_rows.record, found_rows.graph.model
@@ -85,7 +87,7 @@ def run(context: Context[TuneSettings]) -> None:
                 run_,
                 done,
                 before,
-                smoothing.TrialStatistics(done, smoother, alpha),
+                smoothing.TrialStatistics(done, smoother, alpha, factors),
             )
         if found.outcome.stopped == "interrupt" and not found.outcome.trials:
             raise KeyboardInterrupt

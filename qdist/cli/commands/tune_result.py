@@ -57,7 +57,8 @@ def keep_best(
             expected="at least one trial with a score",
             mend="mend the evaluation, then run the same command again",
         )
-    own = planner_with(planner, trial.candidate.settings, found.statistics)
+    statistics = found.statistics
+    own = planner_with(planner, trial.candidate.settings, statistics, statistics.factors)
     plan = own.plan(trial.candidate.choices, trial.candidate.why)
     projected = target.project(plan)
     path = context.folder / "model.onnx"

@@ -55,7 +55,7 @@ class Found:
     log: TrialLog
     problem: SearchProblem
     answer: Trial | None
-    statistics: Callable[[Settings], CalibrationRecord]
+    statistics: TrialStatistics
 
 
 def search(
@@ -89,6 +89,7 @@ def search(
     setup = TrialSetup(
         frozen=frozen,
         record=planner.record,
+        factors=statistics.factors,
         taps=planner.taps,
         settings=planner.settings,
         target=target,
