@@ -11,7 +11,7 @@ from qdist.evaluate.early import Incumbent
 from qdist.evaluate.function import FunctionEvaluation
 from qdist.evaluate.report import EvalReport
 from qdist.evaluate.scorer import Evaluation
-from qdist.search.trial import Choices, Trial
+from qdist.search.trial import Choices, Settings, Trial
 
 Stopped: TypeAlias = Literal["strategy", "trials", "target", "time", "interrupt"]
 """What ended a search: the strategy had nothing to ask, or a limit was reached, or Ctrl-C."""
@@ -52,13 +52,13 @@ class Outcome:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hooks:
     """``on_trial`` hears of every trial as it ends, ``on_message`` of retries and losses.
-    ``statistics(n)`` gives the file (`qdist.store.record_file`) of the statistics of the first n
-    samples; None where no candidate may ask for them. ``costs``: what a plan costs, by name, to
-    stand beside its trial."""
+    ``statistics(settings)`` gives the file (`qdist.store.record_file`) of the statistics that a
+    candidate's settings ask for; None where no candidate may. ``costs``: what a plan costs, by
+    name, to stand beside its trial."""
 
     on_trial: Callable[[Trial], None] | None = None
     on_message: Callable[[str], None] | None = None
-    statistics: Callable[[int], Path] | None = None
+    statistics: Callable[[Settings], Path] | None = None
     costs: Callable[[Choices], Mapping[str, float]] | None = None
 
 

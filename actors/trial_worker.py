@@ -82,7 +82,8 @@ class LayerSamples:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialSetup:
     """What a worker needs besides the candidate. Picklable. ``reference``: `Scorer.reference` of
-    a scorer that lives until the search has ended. ``layers``: None where no layer is compared."""
+    a scorer that lives until the search has ended. ``layers``: None where no layer is compared.
+    ``factors``: what factors of smoothing come from; None: ``record``."""
 
     frozen: FrozenModel
     record: CalibrationRecord
@@ -95,6 +96,7 @@ class TrialSetup:
     reference: Path | None = None
     scorer_options: dict[str, Any] = field(default_factory=dict)
     layers: LayerSamples | None = None
+    factors: CalibrationRecord | None = None
 
 
 class TrialWorker:
@@ -111,6 +113,7 @@ class TrialWorker:
         self._planners: dict[object, Planner] = {}
         self._scorer: Scorer | None = None
         self._in_place: InPlace | None = None
+        self._compared = ""
 
     def setup(self) -> dict[str, Any]:
         """Index the model."""
@@ -147,7 +150,7 @@ class TrialWorker:
             found = _usable(folder.result(), task)
         if found is not None:
             return self._with_layers(task, projected, folder, replace(found, reused=True))
-        result = self._scored(projected, digest, folder, task.incumbent, begin)
+        result = self._scored(task, projected, digest, folder, begin)
         folder.save(result)
         return self._with_layers(task, projected, folder, result)
 
@@ -169,21 +172,28 @@ class TrialWorker:
             while len(self._planners) >= _KEPT_PLANNERS:
                 self._planners.pop(next(iter(self._planners)))
             self._planners[key] = planner_with(
-                self._planner, dict(task.settings), lambda n: self._statistics(task, n)
+                self._planner,
+                dict(task.settings),
+                lambda _: self._statistics(task),
+                self._setup.factors,
             )
         return self._planners[key]
 
-    def _statistics(self, task: TrialTask, n_samples: int) -> CalibrationRecord:
+    def _model(self, task: TrialTask) -> FrozenModel:
+        """The float model that the task's plan is for: smoothed, where its settings say so."""
+        return self._planner_for(task).graph.model
+
+    def _statistics(self, task: TrialTask) -> CalibrationRecord:
         if task.statistics is None:
-            raise RuntimeError(f"no statistics of {n_samples} samples came with the task")
+            raise RuntimeError(f"no statistics of {dict(task.settings)} came with the task")
         return read_record(task.statistics, self._setup.taps.tensors)
 
     def _scored(
         self,
+        task: TrialTask,
         projected: ProjectedPlan,
         digest: str,
         folder: PlanFolder,
-        incumbent: Incumbent | None,
         begin: float,
     ) -> PlanResult:
         """``begin``: when work on the plan began, by `time.perf_counter`."""
@@ -191,7 +201,7 @@ class TrialWorker:
         report: EvalReport | None = None
         n_bytes, reason = 0, ""
         try:
-            artifact = emit_qdq(self._setup.frozen, projected, folder.path / ARTIFACT, check=False)
+            artifact = emit_qdq(self._model(task), projected, folder.path / ARTIFACT, check=False)
             projected.plan.save(folder.path / PLAN)
             n_bytes = artifact.n_bytes
             details |= {
@@ -201,7 +211,7 @@ class TrialWorker:
                 "counts": dict(projected.plan.counts()),
                 "coverage": str(projected.plan.coverage()),
             }
-            report = self._score(artifact.path, incumbent, details)
+            report = self._score(artifact.path, task.incumbent, details)
         except QdistError as error:
             reason = str(error)
         return PlanResult(
@@ -238,7 +248,7 @@ class TrialWorker:
             return result
         begin = time.perf_counter()
         try:
-            layers = self._deviations(projected, samples)
+            layers = self._deviations(self._model(task), projected, samples)
         except QdistError:
             # The score stands, though this data cannot be compared on.
             layers = {}
@@ -247,10 +257,13 @@ class TrialWorker:
         folder.save(whole)
         return whole
 
-    def _deviations(self, projected: ProjectedPlan, samples: LayerSamples) -> dict[str, Deviation]:
-        if self._in_place is None:
+    def _deviations(
+        self, model: FrozenModel, projected: ProjectedPlan, samples: LayerSamples
+    ) -> dict[str, Deviation]:
+        if self._in_place is None or self._compared != model.digest:
+            self._compared = model.digest
             self._in_place = InPlace(
-                self._setup.frozen,
+                model,
                 samples.source,
                 self._setup.execution,
                 batch=samples.batch,

@@ -25,6 +25,7 @@ from actors.trial_worker import TrialSetup, TrialTask, TrialWorker, Twin
 from qdist.errors import QdistError
 from qdist.evaluate.early import Incumbent
 from qdist.search.ahead import Foresighted
+from qdist.search.applied import needs_statistics
 from qdist.search.results import PlanResult
 from qdist.search.trial import Candidate, Strategy, Trial, best_of
 
@@ -216,9 +217,9 @@ class _Search:
     def _statistics_for(self, candidate: Candidate) -> Path | None:
         """The file with what the candidate's ranges come from; None for the run's own."""
         make = self._hooks.statistics
-        if "n_samples" not in candidate.settings or make is None:
+        if make is None or not needs_statistics(candidate.settings):
             return None
-        return make(int(candidate.settings["n_samples"]))
+        return make(candidate.settings)
 
     def _take(self, event: object) -> None:
         tell = self._hooks.on_message or (lambda text: None)

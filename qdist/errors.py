@@ -30,6 +30,7 @@ CODES: dict[str, str] = {
     "QD209": "nothing in the model can be measured or quantized",
     "QD210": "execution provider not available",
     "QD211": "the model does not fit the memory budget",
+    "QD212": "the model cannot be smoothed",
     # 3xx: data
     "QD301": "data file or folder not found",
     "QD302": "the calibration set is empty",

@@ -16,6 +16,7 @@
 ``converge``    no more samples than the thresholds need: early stopping.
 ``prefix``      statistics of the first samples alone.
 ``blockwise``   statistics of equal blocks of the samples (Icraft's ``batch``).
+``smoothed``    the rows that SmoothQuant changes, measured anew, beside the others.
 ``stage``       some segments of a model as one stage of a pipeline.
 ``boundary``    tensors on their way from one stage to the next, in the store's place.
 """

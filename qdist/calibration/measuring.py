@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qdist.calibration.settings import CalibrationSettings
 from qdist.data.decoder import Decoder
@@ -29,7 +29,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 class Measuring:
     """What observers of one job have in common, whatever they tap.
 
-    ``shapes``: the inputs of the largest micro-batch, one mapping for each phase.
+    ``shapes``: the inputs of the largest micro-batch, one mapping for each phase. ``axes``: of
+    channels, where they are to be others than `channel_axes` says.
     """
 
     graph: Graph
@@ -37,6 +38,7 @@ class Measuring:
     execution: Execution
     shapes: tuple[Shapes, ...]
     decoder: Decoder | None = None
+    axes: Mapping[str, int] = field(default_factory=dict)
 
     def observer(self, taps: TapTable) -> ObserverSpec:
         """What measures ``taps``. Raises QD211 where the memory budget is too small."""
@@ -65,7 +67,10 @@ class Measuring:
             execution=self.execution,
             on_nan=self.settings.on_nan,
             statistics=self.settings.statistics,
-            channel_axes=channel_axes(self.graph, taps),
+            channel_axes={
+                **channel_axes(self.graph, taps),
+                **{name: axis for name, axis in self.axes.items() if name in taps.tensors},
+            },
             carry=carry,
             padding=self._padding(taps),
             spool_bytes=spool,

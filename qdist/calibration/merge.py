@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +93,12 @@ def recall(job: CalibrationJob, store: CalibrationStore) -> Merged | None:
 
 def merge_name(job: CalibrationJob) -> str:
     """Hex SHA-256 of the grid and the taps: what a merge is filed under."""
-    return digest_json([[list(batch.ids) for batch in job.grid], list(job.taps.tensors)])
+    return merge_name_of((batch.ids for batch in job.grid), job.taps.tensors)
+
+
+def merge_name_of(batches: Iterable[Sequence[str]], tensors: Sequence[str]) -> str:
+    """`merge_name`, of the sample ids of the micro-batches and the measured tensors."""
+    return digest_json([[list(ids) for ids in batches], list(tensors)])
 
 
 def read_and_merge(

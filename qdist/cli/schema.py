@@ -5,7 +5,7 @@ The description of every key is what ``qdist COMMAND --help`` prints.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictInt
 
@@ -36,6 +36,9 @@ from qdist.cli.evaluation_schema import (
 )
 from qdist.cli.search_schema import SearchConfig
 from qdist.threshold.registry import METHODS
+
+Strength = Annotated[float, Field(ge=0, le=1)]
+"""SmoothQuant's alpha."""
 
 
 class ModelConfig(Group):
@@ -98,6 +101,11 @@ class CalibrationConfig(Group):
     )
     sequence_axes: dict[str, list[int]] = Field(
         {}, description="{TENSOR: [AXIS, ...]}: where padding lies, if shapes do not tell"
+    )
+    smoothing: Strength | list[Strength] = Field(
+        [],
+        description="measure for quantization.smoothing too: 0.5 or [0.3, 0.5], one more run of "
+        "the float model each",
     )
     early_stop: EarlyStopConfig | None = Field(
         None, description="stop when thresholds no longer move, {tolerance: 0.01}; null: never"
@@ -200,6 +208,13 @@ class QuantizationConfig(Group):
     symmetric: bool = Field(False, description="activations with zero point 0")
     masked: Literal["float", "quantize"] = Field(
         "float", description="scores with masked values stay float, or what a Softmax reads of them"
+    )
+    smoothing: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="SmoothQuant's alpha, 0..1: move that much of a matmul input's range into its "
+        "weights (Icraft's smooth_alpha); null: off",
     )
     average_blocks: bool = Field(
         False, description="ranges are means over calibration.blocks (Icraft's batch)"
@@ -433,6 +448,8 @@ NOT_IDENTITY_KEYS = frozenset(
     # Taps are answered for one by one, and what is left out or chosen changes no sample's result.
     | {"calibration.taps", "calibration.shard_samples", "calibration.on_nan"}
     | {"calibration.memory_budget", "calibration.blocks", "calibration.early_stop"}
+    # Other models, with stores of their own.
+    | {"calibration.smoothing"}
     | {"store.path", "output.root", "output.folder"}
     | {f"cluster.{name}" for name in ClusterConfig.model_fields}
     | {f"tracking.{name}" for name in TrackingConfig.model_fields}

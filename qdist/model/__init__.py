@@ -12,6 +12,11 @@
 ``adjacency`` which layers feed which; ``blocks`` residual blocks; ``groups`` what must agree.
 ``session``   ONNX Runtime sessions with the settings the project's laws ask for.
 
+Channels of even ranges (SmoothQuant):
+
+``smooth_points`` tensors whose channels can be scaled without a change of the outputs.
+``smoothing``  by how much; ``smoothed`` the model with these factors in its constants.
+
 What is measured:
 
 ``taps``      which tensors are measured, and which merely alias another.

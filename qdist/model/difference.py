@@ -61,6 +61,33 @@ def frozen_difference(
     return worst
 
 
+def rewriting_difference(
+    frozen: FrozenModel,
+    rewritten: FrozenModel,
+    feeds: dict[str, NDArray[Any]],
+    execution: Execution,
+    *,
+    budget_bytes: int | None = None,
+) -> float:
+    """Relative L2 difference between a frozen model and another that is to have its outputs, on one
+    input; 0 is bit-equal. Raises QD207 above `TOLERANCE` (`HALF_TOLERANCES`)."""
+    proto = frozen.proto()
+    names = [output.name for output in proto.graph.output]
+    expected = _outputs(frozen.graph_bytes, frozen, names, feeds, execution, budget_bytes)
+    found = _outputs(rewritten.graph_bytes, rewritten, names, feeds, execution, budget_bytes)
+    worst = max(_relative_l2(e, f) for e, f in zip(expected, found, strict=True))
+    tolerance = _tolerance(proto)
+    if not worst <= tolerance:
+        raise ModelError(
+            "QD207",
+            where=f"{frozen.source}, smoothed",
+            got=f"a relative difference of {worst:.3g}",
+            expected=f"at most {tolerance:g}",
+            mend="leave out smoothing for this model",
+        )
+    return worst
+
+
 def opset_difference(
     frozen: FrozenModel,
     opset: int,

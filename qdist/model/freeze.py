@@ -20,6 +20,7 @@ from qdist.model import constants, rewrite
 from qdist.model.loading import ModelFile, combined_digest, external_ranges
 from qdist.model.opset import raise_opset
 from qdist.model.session import Execution
+from qdist.model.smoothing import Smoothing
 from qdist.model.weights import Weights
 
 LOWEST_OPSET = 13
@@ -32,7 +33,8 @@ class FrozenModel:
 
     ``graph_bytes`` is a serialized ``ModelProto`` whose external data (if any) lies in
     ``data_folder``; ``digest`` covers the graph and all weights, but nothing of the given file
-    that freezing dropped.
+    that freezing dropped. ``smoothing``: the factors that were moved into the constants, where
+    this was made of another frozen model (`qdist.model.smoothed`).
     """
 
     graph_bytes: bytes
@@ -42,6 +44,7 @@ class FrozenModel:
     source_digest: str
     n_source_bytes: int
     notes: tuple[str, ...] = ()
+    smoothing: Smoothing | None = None
 
     def proto(self) -> ModelProto:
         """A fresh copy of the graph."""

@@ -25,6 +25,7 @@
 ``fusion``     layers that a chip computes together with the one before.
 ``scope``      which layers are quantized at all.
 ``notes``      where a plan does otherwise than was asked, and what ``auto`` chose.
+``smoothing``  SmoothQuant's factors, from stored statistics.
 ``plan_settings``  what holds for a whole plan.
 ``planner``    statistics and choices in, plan out.
 ``target``     what a chip's numbers look like; the one place where numbers are snapped.

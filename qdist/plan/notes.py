@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from qdist.model.smoothing import Smoothing
 from qdist.model.taps import TapTable
 from qdist.plan.plan import LayerPlan
 from qdist.plan.range_rule import FIXED
@@ -19,6 +20,18 @@ def plan_notes(
     """The notes of the layers of one plan. ``consumers``: measured tensor -> the layers that the
     method ``auto`` judged its range by."""
     return (*_method_notes(layers), *_auto_notes(layers, taps, consumers), *_fusion_notes(layers))
+
+
+def smoothing_notes(smoothing: Smoothing | None) -> tuple[str, ...]:
+    """Which tensors were smoothed, if any."""
+    if smoothing is None:
+        return ()
+    names = list(smoothing.exponents)
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return (
+        f"{len(names)} tensors smoothed with alpha {smoothing.alpha:g}, factors "
+        f"{smoothing.digest[:12]}: {shown}",
+    )
 
 
 def pinning_notes(

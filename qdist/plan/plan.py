@@ -12,6 +12,7 @@ from qdist.digest import digest_json
 from qdist.errors import PlanError
 from qdist.files import write_json
 from qdist.model.layers import COMPUTE
+from qdist.model.smoothing import Smoothing
 from qdist.plan.choice import LayerChoice
 from qdist.plan.passing import Passing
 from qdist.plan.quantizer import Quantizer
@@ -137,7 +138,8 @@ class QuantizationPlan:
 
     ``model_digest``: of the frozen model it fits. ``statistics_digest``: of the record that the
     ranges come from. ``notes``: what the user should know. ``passing``: which tensors have their
-    numbers from others, on targets that pass ratios on.
+    numbers from others, on targets that pass ratios on. ``smoothing``: the factors that were moved
+    into that model's constants.
     """
 
     model_digest: str
@@ -145,6 +147,7 @@ class QuantizationPlan:
     layers: tuple[LayerPlan, ...]
     notes: tuple[str, ...] = ()
     passing: tuple[Passing, ...] = ()
+    smoothing: Smoothing | None = None
 
     @property
     def digest(self) -> str:
@@ -179,10 +182,12 @@ class QuantizationPlan:
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
+        smoothing = self.smoothing
         return {
             "qdist_plan": SCHEMA,
             "model_digest": self.model_digest,
             "statistics_digest": self.statistics_digest,
+            **({} if smoothing is None else {"smoothing": smoothing.to_json()}),
             "notes": list(self.notes),
             "layers": [layer.to_json() for layer in self.layers],
             "passing": [entry.to_json() for entry in self.passing],
@@ -200,6 +205,7 @@ class QuantizationPlan:
             layers=tuple(LayerPlan.from_json(v) for v in value["layers"]),
             notes=tuple(value["notes"]),
             passing=tuple(Passing.from_json(v) for v in value.get("passing", ())),
+            smoothing=Smoothing.from_json(value["smoothing"]) if "smoothing" in value else None,
         )
 
     def save(self, path: Path) -> Path:
@@ -231,7 +237,14 @@ def load_plan(path: Path, model_digest: str | None = None) -> QuantizationPlan:
         raise _unreadable(path, "nothing there") from error
     except (OSError, KeyError, TypeError, ValueError, PlanError) as error:
         raise _unreadable(path, f"{type(error).__name__}: {error}") from error
-    if model_digest is not None and plan.model_digest != model_digest:
+    if model_digest is not None:
+        check_model(plan, path, model_digest)
+    return plan
+
+
+def check_model(plan: QuantizationPlan, path: Path, model_digest: str) -> None:
+    """Raise QD505 where the plan, read from ``path``, is for another model."""
+    if plan.model_digest != model_digest:
         raise PlanError(
             "QD505",
             where=str(path),
@@ -239,7 +252,6 @@ def load_plan(path: Path, model_digest: str | None = None) -> QuantizationPlan:
             expected=f"one for model {model_digest[:12]}",
             mend="give the model that the plan was made for, or run qdist quantize again",
         )
-    return plan
 
 
 def _unreadable(path: Path, got: str) -> PlanError:

@@ -23,7 +23,7 @@ from qdist.plan.choice import LayerChoice
 from qdist.plan.granularity import MATRIX_PRODUCTS
 from qdist.plan.idle_rules import check_rules
 from qdist.plan.layer_index import find_index
-from qdist.plan.notes import pinning_notes, plan_notes
+from qdist.plan.notes import pinning_notes, plan_notes, smoothing_notes
 from qdist.plan.passing import find_passing
 from qdist.plan.plan import LayerPlan, Provenance, QuantizationPlan, QuantizedInput
 from qdist.plan.plan_settings import PlanSettings
@@ -116,8 +116,10 @@ class Planner:
             statistics_digest=self._record.digest,
             layers=layers,
             passing=self._passing,
+            smoothing=self.graph.model.smoothing,
             notes=(
                 *notes,
+                *smoothing_notes(self.graph.model.smoothing),
                 *plan_notes(layers, self.taps, self._ranges.asked),
                 *pinning_notes(layers, self.taps, self._ranges.pinnings),
             ),

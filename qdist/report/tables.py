@@ -141,6 +141,9 @@ def plan_table(plan: QuantizationPlan, limit: int | None = None) -> RenderableTy
     title = _share_title(len(plan.layers), limit, "layers")
     table = plain_table(f"{title} of plan {plan.digest[:12]}")
     table.caption = f"{text.counts_text(plan.counts())}; {plan.coverage()}"
+    if plan.smoothing is not None:
+        n, alpha = len(plan.smoothing.exponents), plan.smoothing.alpha
+        table.caption += f"; {n} tensors smoothed with alpha {alpha:g}"
     table.add_column("layer")
     table.add_column("precision\nmethod", no_wrap=True)
     for heading in ("scale", "zero", "low", "high", "clipped"):

@@ -6,30 +6,46 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from qdist.model.graph import Graph
+from qdist.model.smoothed import smoothed_model
 from qdist.plan.planner import Planner
+from qdist.plan.smoothing import find_smoothing
 from qdist.search.trial import Settings
 from qdist.stats.record import CalibrationRecord
 
 _OF_METHODS = ("percent", "bins")
+OF_STATISTICS = ("n_samples", "smoothing")
+"""Settings of candidates whose ranges come from statistics of their own."""
 
 
 def planner_with(
-    planner: Planner, settings: Settings, statistics: Callable[[int], CalibrationRecord]
+    planner: Planner,
+    settings: Settings,
+    statistics: Callable[[Settings], CalibrationRecord],
+    factors: CalibrationRecord | None = None,
 ) -> Planner:
     """The planner as ``settings`` (`qdist.search.trial.SETTINGS`) want it; itself for none.
 
-    ``statistics(n)``: those of the first ``n`` samples. Raises `ValueError` for a setting that no
-    planner has, and what ``statistics`` raises.
+    ``statistics(settings)``: those of a candidate with settings that `needs_statistics`. Factors of
+    smoothing come from ``factors``, of the model as it is; None: the planner's own record. Raises
+    `ValueError` for a setting that no planner has, QD212, and what ``statistics`` raises.
     """
     if not settings:
         return planner
     parameters: Mapping[str, Any] = {k: settings[k] for k in _OF_METHODS if k in settings}
-    record = planner.record
-    if "n_samples" in settings:
-        record = statistics(int(settings["n_samples"]))
-    unknown = set(settings) - {*_OF_METHODS, "n_samples"}
+    unknown = set(settings) - {*_OF_METHODS, *OF_STATISTICS}
     if unknown:
         raise ValueError(f"no planner has {', '.join(sorted(unknown))}")
-    old = planner.settings
+    graph, old = planner.graph, planner.settings
+    if "smoothing" in settings:
+        alpha = float(settings["smoothing"])
+        found = find_smoothing(graph, factors or planner.record, planner.taps, alpha)
+        graph = Graph(smoothed_model(graph, found.smoothing), graph.execution)
+    record = statistics(settings) if needs_statistics(settings) else planner.record
     new = replace(old, saturation_parameters={**old.saturation_parameters, **parameters})
-    return Planner(planner.graph, record, planner.taps, new)
+    return Planner(graph, record, planner.taps, new)
+
+
+def needs_statistics(settings: Settings) -> bool:
+    """Whether a candidate with these settings has statistics of its own."""
+    return any(name in settings for name in OF_STATISTICS)

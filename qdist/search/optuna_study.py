@@ -27,6 +27,8 @@ from qdist.search.trial import Candidate, Settings, Trial
 from qdist.threshold.registry import applicable
 
 SAMPLERS = ("tpe", "nsga2")
+SMOOTHING_STEP = 0.05
+"""Every strength needs a run of the float model, so there are not too many."""
 _ATTEMPTS = 32
 """How often in a row Optuna may propose what it has proposed before; then a round is cut short."""
 
@@ -36,7 +38,8 @@ class Space:
     """What is searched; an empty tuple leaves a setting as it is. ``saturations`` and
     ``granularities``: of every layer that may change and takes it. ``percent``: least and largest
     share that the percentile keeps, in percent below 100, drawn evenly in log(100 - percent).
-    ``bins``, ``n_samples``: values to choose from. ``smoothing``: least and largest strength."""
+    ``bins``, ``n_samples``: values to choose from. ``smoothing``: least and largest strength, in
+    steps of `SMOOTHING_STEP`; a plan without smoothing stays a choice beside them."""
 
     saturations: tuple[str, ...] = ("max", "mse", "percentile", "kl")
     granularities: tuple[str, ...] = ()
@@ -44,6 +47,10 @@ class Space:
     bins: tuple[int, ...] = ()
     n_samples: tuple[int, ...] = ()
     smoothing: tuple[float, float] | tuple[()] = ()
+
+    def __post_init__(self) -> None:
+        if self.smoothing and not 0 <= self.smoothing[0] <= self.smoothing[1] <= 1:
+            raise ValueError(f"smoothing {list(self.smoothing)}: 0 <= least <= largest <= 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,8 +182,11 @@ class Study:
         settings: dict[str, int | float | str] = {}
         for method in sorted(methods):
             settings.update(applicable(method, given))
-        whole = ("n_samples", "smoothing")
-        settings.update({k: parameters[k] for k in whole if k in parameters})
+        if "n_samples" in parameters:
+            settings["n_samples"] = parameters["n_samples"]
+        if parameters.get("smoothed"):
+            # What the steps lose in the last bits would make two plans of one.
+            settings["smoothing"] = round(parameters["smoothing"], 6)
         shown: dict[str, Any] = {
             k: parameters[k] for k in ("saturation", "granularity") if k in parameters
         }
@@ -201,7 +211,12 @@ def _distributions(space: Space) -> dict[str, BaseDistribution]:
         low, high = space.percent
         found["tail"] = FloatDistribution(100 - high, 100 - low, log=True)
     if space.smoothing:
-        found["smoothing"] = FloatDistribution(*space.smoothing)
+        low, high = space.smoothing
+        n_steps = int((high - low) / SMOOTHING_STEP + 1e-9)
+        found["smoothed"] = CategoricalDistribution((False, True))
+        found["smoothing"] = FloatDistribution(
+            low, low + n_steps * SMOOTHING_STEP, step=SMOOTHING_STEP
+        )
     return found
 
 

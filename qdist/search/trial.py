@@ -22,7 +22,7 @@ SETTINGS: dict[str, str] = {
     "n_samples": "ranges come from the first so many calibration samples, in whole micro-batches",
     "percent": "parameter of the threshold method, where it takes it",
     "bins": "parameter of the threshold method, where it takes it",
-    "smoothing": "SmoothQuant's strength, 0..1",
+    "smoothing": "SmoothQuant's strength, 0..1; without it nothing is smoothed",
 }
 """What a candidate may change for the whole plan."""
 

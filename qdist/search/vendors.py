@@ -75,12 +75,13 @@ def knight(problem: SearchProblem, settings: SearchSettings) -> Strategy:
 def optuna(problem: SearchProblem, settings: SearchSettings) -> Strategy:
     """Optuna's study. Options: ``sampler`` (``tpe``, ``nsga2``), ``storage``, ``seed``,
     ``round_size``, and what is searched: ``saturations``, ``granularities``, ``percent`` (least and
-    largest), ``bins``, ``n_samples``. Raises QD102, QD104, QD107."""
+    largest), ``bins``, ``n_samples``, ``smoothing`` (least and largest). Raises QD102, QD104,
+    QD107."""
     from qdist.search.optuna_study import Space, Study, StudySettings
 
     options = dict(settings.options)
     own = ("sampler", "storage", "seed", "round_size")
-    searched = ("saturations", "granularities", "percent", "bins", "n_samples")
+    searched = ("saturations", "granularities", "percent", "bins", "n_samples", "smoothing")
     _check_keys(options, (*own, *searched))
     space = {key: tuple(options.pop(key)) for key in searched if key in options}
     made = _made(

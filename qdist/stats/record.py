@@ -233,6 +233,11 @@ class CalibrationRecord:
         found = self.channel_extrema.row(row)
         return Channels(minimum=found[:, 0], maximum=found[:, 1])
 
+    def channel_axis(self, tensor: str) -> int | None:
+        """The axis that `channels` counts, as asked for; None where none was."""
+        axis = int(self.channel_extrema.axes[self._rows[tensor]])
+        return None if axis == NO_AXIS else axis
+
     def groups(self, tensor: str) -> tuple[GroupHistograms, ...]:
         """Group histograms, one set for each request that the tensor matched."""
         return self.grouped.row(self._rows[tensor])

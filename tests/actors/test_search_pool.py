@@ -340,12 +340,12 @@ def test_what_a_candidate_changes_for_the_whole_plan_is_applied(bench: Bench) ->
         asked.append(replace(plain, number=number, settings=settings))
     record = merge_first_of(bench, 4)
     write_record(few, record)
-    hooks = Hooks(statistics=lambda n: few if n == 4 else bench.folder / "none")
+    hooks = Hooks(statistics=lambda s: few if s["n_samples"] == 4 else bench.folder / "none")
     found = bench.run(Script([asked]), hooks=hooks)
     expected = [
         resolved_digest(
             ANY_TARGET.project(
-                planner_with(planner, one.settings, lambda n: record).plan(one.choices, one.why)
+                planner_with(planner, one.settings, lambda _: record).plan(one.choices, one.why)
             ).plan
         )
         for one in asked

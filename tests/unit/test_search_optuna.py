@@ -135,6 +135,21 @@ def test_a_percent_is_only_where_a_method_takes_it() -> None:
         assert candidate.choices["b"].granularity == "channel"
 
 
+def test_strengths_of_smoothing_lie_on_a_grid_and_may_be_none() -> None:
+    space = Space(saturations=(), percent=(), smoothing=(0.3, 0.52))
+    found = search(StudySettings(space=space, max_trials=50, round_size=3))
+    strengths = [c.settings.get("smoothing") for c in found]
+    # The plain plan is the one without smoothing; the space is searched to its end.
+    assert strengths[0] is None
+    assert sorted(s for s in strengths[1:] if s is not None) == [0.3, 0.35, 0.4, 0.45, 0.5]
+    single = Space(saturations=(), percent=(), smoothing=(0.5, 0.5))
+    found = search(StudySettings(space=single, max_trials=50))
+    assert [c.settings for c in found] == [{}, {"smoothing": 0.5}]
+    for ends in ((0.6, 0.5), (-0.1, 0.5), (0.5, 1.1)):
+        with pytest.raises(ValueError, match="smoothing"):
+            Space(smoothing=ends)
+
+
 def test_tpe_finds_better_than_its_random_start() -> None:
     how = StudySettings(max_trials=60, space=SPACE, seed=1)
     found = search(how)

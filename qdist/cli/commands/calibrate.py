@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qdist.cli.commands import steps
+from qdist.cli.commands import smoothing, steps
 from qdist.cli.context import Context
 from qdist.cli.schema import CalibrateSettings
 from qdist.model.graph import Graph
@@ -27,6 +27,8 @@ def run(context: Context[CalibrateSettings]) -> None:
     ) as tracked:
         done = steps.calibrate(context, frozen, graph, settings)
         job, store, merged = done.job, done.store, done.merged
+        alphas = smoothing.strengths(settings.calibration.smoothing)
+        n_smoothed = smoothing.measure_all(context, graph, done, settings, alphas)
         steps.save_config(context, context.config)
         n_values = sum(merged.record.histogram(tensor).n_values for tensor in merged.record.tensors)
         tracked.set_tags({"qdist.data_digest": job.manifest.digest})
@@ -44,6 +46,7 @@ def run(context: Context[CalibrateSettings]) -> None:
     facts = (
         ("samples", f"{merged.record.n_samples}"),
         ("tensors measured", f"{len(job.taps.points)} ({len(job.taps.aliases)} more share them)"),
+        *((("tensors smoothed", f"{n_smoothed}"),) if alphas else ()),
         ("values counted", f"{n_values:,}"),
         ("statistics", merged.record.digest[:16]),
         ("store", store.location),

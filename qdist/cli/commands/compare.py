@@ -11,7 +11,6 @@ from qdist.evaluate.compare import compare_layers
 from qdist.evaluate.dump import dump_comparison
 from qdist.evaluate.modes import compare_modes
 from qdist.files import write_json
-from qdist.plan.plan import load_plan
 from qdist.report.modes import modes_table
 from qdist.report.tables import layer_table
 from qdist.report.text import db_text
@@ -23,8 +22,9 @@ def run(context: Context[CompareSettings]) -> None:
     target = domain.target(settings.target)
     source = domain.evaluation_source(settings.data)
     folder = context.make_folder()
-    frozen = context.frozen_model()
-    plan = load_plan(domain.absolute(settings.plan), frozen.digest)
+    frozen, plan = steps.load_plan_for(
+        context.frozen_model(), domain.absolute(settings.plan), context.execution
+    )
     projected = target.project(plan)
     with context.tracked(
         params={"plan": settings.plan, "samples": settings.compare.samples},

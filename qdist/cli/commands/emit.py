@@ -7,15 +7,15 @@ from qdist.cli.commands import steps
 from qdist.cli.context import Context
 from qdist.cli.schema import EmitSettings
 from qdist.emit.qdq import emit_qdq
-from qdist.plan.plan import load_plan
 
 
 def run(context: Context[EmitSettings]) -> None:
     """Write the artifact of a plan, also of one edited by hand or found by a search."""
     settings = context.settings
     target = domain.target(settings.target)
-    frozen = context.frozen_model()
-    plan = load_plan(domain.absolute(settings.plan), frozen.digest)
+    frozen, plan = steps.load_plan_for(
+        context.frozen_model(), domain.absolute(settings.plan), context.execution
+    )
     projected = target.project(plan)
     path = domain.absolute(settings.artifact)
     with context.tracked(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qdist.calibration.blockwise import block_records
 from qdist.cli import domain
-from qdist.cli.commands import steps
+from qdist.cli.commands import smoothing, steps
 from qdist.cli.commands.mixing import check_data, mix_of, mixed
 from qdist.cli.context import Context
 from qdist.cli.schema import QuantizeSettings
@@ -52,8 +52,8 @@ def run(context: Context[QuantizeSettings]) -> None:
     folder = context.make_folder()
     frozen = context.frozen_model()
     refuse_overwriting(frozen, folder / ARTIFACT)
-    planner, store = _planner(context, frozen)
-    record = planner.record
+    planner, store, notes = _planner(context, frozen)
+    frozen, record = planner.graph.model, planner.record
     chosen = _chosen(context, planner, target)
     projected = target.project(chosen.planner.plan(chosen.choices, chosen.why, chosen.notes))
     steps.check_opset(projected.plan, store)
@@ -63,6 +63,7 @@ def run(context: Context[QuantizeSettings]) -> None:
             "saturation": settings.quantization.saturation,
             "granularity": settings.quantization.granularity,
             "symmetric": settings.quantization.symmetric,
+            "smoothing": settings.quantization.smoothing,
             "target": target.name,
         },
         model_digest=frozen.digest,
@@ -95,6 +96,7 @@ def run(context: Context[QuantizeSettings]) -> None:
     context.notes(
         [
             *steps.random_notes(store),
+            *notes,
             *projected.plan.notes,
             *steps.plan_notes(projected.plan),
             *steps.deployment(projected.plan, context.execution),
@@ -102,19 +104,22 @@ def run(context: Context[QuantizeSettings]) -> None:
     )
 
 
-def _planner(context: Context[QuantizeSettings], frozen: FrozenModel) -> tuple[Planner, ZarrStore]:
-    """A planner on the stored statistics, and the store."""
+def _planner(
+    context: Context[QuantizeSettings], frozen: FrozenModel
+) -> tuple[Planner, ZarrStore, tuple[str, ...]]:
+    """A planner on the stored statistics, of the model smoothed if that is wanted; the store; and
+    what the user should know."""
     settings = context.settings
+    alpha = settings.quantization.smoothing
     store, merge = steps.open_statistics(frozen, domain.location(settings.store.path))
     blocks = block_records(store, merge.name) if settings.quantization.average_blocks else ()
-    planner = Planner(
-        Graph(frozen, context.execution),
-        merge.record,
-        merge.taps,
-        domain.plan_settings(settings.quantization),
-        blocks,
-    )
-    return planner, store
+    graph, record = Graph(frozen, context.execution), merge.record
+    notes: tuple[str, ...] = ()
+    if alpha is not None:
+        found = smoothing.stored(graph, store, merge, alpha, blocks)
+        graph, record, blocks, notes = found.graph, found.record, found.blocks, found.notes
+    plan_settings = domain.plan_settings(settings.quantization)
+    return Planner(graph, record, merge.taps, plan_settings, blocks), store, notes
 
 
 def _chosen(context: Context[QuantizeSettings], planner: Planner, target: Target) -> steps.Chosen:
@@ -153,7 +158,7 @@ def _write_template(context: Context[QuantizeSettings], name: str, target: Targe
             text, more = write_into(domain.absolute(given), name, before, None)
             notes = [*notes, *more]
     else:
-        planner, _ = _planner(context, frozen)
+        planner, _, _ = _planner(context, frozen)
         chosen = _chosen(context, planner, target)
         notes = list(chosen.notes)
         choices, said = _worded(chosen.choices)

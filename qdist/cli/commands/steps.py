@@ -28,18 +28,20 @@ from qdist.model.difference import frozen_difference, opset_difference
 from qdist.model.freeze import FrozenModel
 from qdist.model.graph import Graph
 from qdist.model.session import Execution, fingerprint
+from qdist.model.smoothed import smoothed_model
 from qdist.model.taps import find_taps
 from qdist.plan.choice import LayerChoice
 from qdist.plan.dialects.forms import read_file
 from qdist.plan.dialects.reading import Before
 from qdist.plan.layer_index import LayerIndex
-from qdist.plan.plan import QuantizationPlan
+from qdist.plan.plan import QuantizationPlan, check_model, load_plan
 from qdist.plan.planner import Planner
 from qdist.plan.rules import Assignment, Rule, apply_rules
 from qdist.report.text import size_text
 from qdist.store.identity import Identity
 from qdist.store.protocol import FinishedMerge
 from qdist.store.zarr_store import ZarrStore, create_store, open_store
+from qdist.threshold.convergence import Convergence
 
 if TYPE_CHECKING:  # importing Ray costs half a second that --help should not pay
     from actors.calibrate import CalibrationProgress
@@ -102,7 +104,9 @@ def calibrate(
     store.put_document(CHECKS, checks)
     store.put_document(SAMPLES, job.manifest.to_json())
     context.notes([str(note) for note in checks["notes"]])
-    merged = _measured(context, job, wanted.source, store, config)
+    policy = config.calibration.early_stop
+    stop = None if policy is None else domain.early_stop(policy)
+    merged = measured(context, job, wanted.source, store, config.cluster, stop)
     context.notes(merged.notes)
     return Calibrated(job=job, source=wanted.source, store=store, merged=merged)
 
@@ -127,17 +131,17 @@ def _earlier(store: ZarrStore) -> SampleManifest | None:
     return None if found is None else SampleManifest.from_json(found)
 
 
-def _measured(
+def measured(
     context: Context[Any],
     job: CalibrationJob,
     source: DataSource,
     store: ZarrStore,
-    config: schema.CalibrateSettings | schema.TuneSettings,
+    cluster: schema.ClusterConfig,
+    early_stop: Convergence | None = None,
 ) -> Merged:
     """Calibrate over the pool, with a bar."""
     from actors.calibrate import calibrate as run_pool
 
-    policy = config.calibration.early_stop
     with bar(context.console, "calibrating", "samples") as measuring:
         started = False
 
@@ -159,8 +163,8 @@ def _measured(
             job,
             source,
             store,
-            domain.cluster(config.cluster),
-            early_stop=None if policy is None else domain.early_stop(policy),
+            domain.cluster(cluster),
+            early_stop=early_stop,
             on_progress=show,
         )
         n = merged.record.n_samples
@@ -263,6 +267,22 @@ def open_statistics(frozen: FrozenModel, location: str) -> tuple[ZarrStore, Fini
             mend="give the store of this model with store.path=FOLDER, or run qdist calibrate",
         )
     return store, store.latest()
+
+
+def load_plan_for(
+    frozen: FrozenModel, path: Path, execution: Execution
+) -> tuple[FrozenModel, QuantizationPlan]:
+    """A plan, and the model that it is for: ``frozen``, or that with the plan's factors of
+    smoothing. Raises QD504, QD505."""
+    plan = load_plan(path)
+    if plan.smoothing is not None:
+        try:
+            frozen = smoothed_model(Graph(frozen, execution), plan.smoothing)
+        except ModelError as error:
+            if error.code != "QD212":
+                raise
+    check_model(plan, path, frozen.digest)
+    return frozen, plan
 
 
 def random_notes(store: ZarrStore) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qdist.cli import domain
-from qdist.cli.commands import steps, tune_search
+from qdist.cli.commands import smoothing, steps, tune_search
 from qdist.cli.commands.mixing import mix_of, mixed
 from qdist.cli.commands.scoring import check_parts, make_scorer, note_overlap, score_unseen
 from qdist.cli.commands.tune_result import keep_best, report
@@ -17,6 +17,7 @@ from qdist.evaluate.report import EvalReport
 from qdist.evaluate.scorer import Scorer
 from qdist.model.graph import Graph
 from qdist.plan.planner import Planner
+from qdist.plan.smoothing import find_smoothing
 from qdist.plan.target import Target
 from qdist.search.strategies import check_strategy
 
@@ -38,6 +39,7 @@ def run(context: Context[TuneSettings]) -> None:
     domain.space(settings.search, settings.quantization.precision, target, None)
     domain.latency(settings.search)
     mix_of(settings.quantization)
+    is_smoothing_searched = smoothing.check_search(settings)
     _check_precisions(settings, target)
     context.make_folder()
     frozen = context.frozen_model()
@@ -54,9 +56,19 @@ def run(context: Context[TuneSettings]) -> None:
         done = steps.calibrate(context, frozen, graph, settings)
         job, merged = done.job, done.merged
         run_.set_tags({"qdist.data_digest": job.manifest.digest})
-        planner = Planner(
-            graph, merged.record, job.taps, domain.plan_settings(settings.quantization)
-        )
+        alphas = smoothing.strengths(settings.calibration.smoothing)
+        smoothing.measure_all(context, graph, done, settings, alphas)
+        smoother = smoothing.Smoother(context, graph, done)
+        alpha, record = settings.quantization.smoothing, merged.record
+        factors = None
+        if is_smoothing_searched:
+            factors = smoother.factors(settings)
+            # Better known now than in every trial: there is something to smooth.
+            find_smoothing(graph, factors, job.taps, 0.5)
+        if alpha is not None:
+            found_rows = smoother.smoothed(alpha, settings)
+            graph, record, frozen = found_rows.graph, found_rows.record, found_rows.graph.model
+        planner = Planner(graph, record, job.taps, domain.plan_settings(settings.quantization))
         chosen = steps.make_choices(planner, settings.quantization)
         planner = chosen.planner
         pinned = set(chosen.why)
@@ -66,7 +78,16 @@ def run(context: Context[TuneSettings]) -> None:
         with make_scorer(context, evaluation, frozen.source) as scorer:
             before = _float_score(context, scorer)
             found = tune_search.search(
-                context, frozen, chosen, pinned, target, scorer, run_, done, before
+                context,
+                frozen,
+                chosen,
+                pinned,
+                target,
+                scorer,
+                run_,
+                done,
+                before,
+                smoothing.TrialStatistics(done, smoother, alpha, factors),
             )
         if found.outcome.stopped == "interrupt" and not found.outcome.trials:
             raise KeyboardInterrupt
@@ -84,6 +105,7 @@ def _params(settings: TuneSettings) -> dict[str, Any]:
         "precision": settings.quantization.precision,
         "saturation": settings.quantization.saturation,
         "symmetric": settings.quantization.symmetric,
+        "smoothing": settings.quantization.smoothing,
         "scope": settings.quantization.scope,
         "target": settings.target.name,
         "max_trials": settings.search.max_trials,

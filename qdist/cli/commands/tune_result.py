@@ -57,11 +57,13 @@ def keep_best(
             expected="at least one trial with a score",
             mend="mend the evaluation, then run the same command again",
         )
-    own = planner_with(planner, trial.candidate.settings, found.statistics)
+    statistics = found.statistics
+    own = planner_with(planner, trial.candidate.settings, statistics, statistics.factors)
     plan = own.plan(trial.candidate.choices, trial.candidate.why)
     projected = target.project(plan)
     path = context.folder / "model.onnx"
     with context.working("writing the best model"):
+        frozen = own.graph.model
         artifact = emit_qdq(frozen, projected, path, execution=context.execution)
         projected.plan.save(context.folder / "plan.json")
         layers = compare_layers(

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qdist.calibration.here import statistics_here
 from qdist.cli import domain
 from qdist.cli.commands import steps
 from qdist.cli.commands.searching import search_problem
+from qdist.cli.commands.smoothing import TrialStatistics
 from qdist.cli.commands.tune_log import TrialLog
 from qdist.cli.context import Context
 from qdist.cli.progress import bar
@@ -27,11 +27,12 @@ from qdist.model.freeze import FrozenModel
 from qdist.model.session import fingerprint
 from qdist.plan.planner import Planner
 from qdist.plan.target import Target
+from qdist.search.applied import OF_STATISTICS
 from qdist.search.costs import bit_operations
 from qdist.search.front import answer_of
 from qdist.search.problem import SearchProblem
 from qdist.search.strategies import make_strategy
-from qdist.search.trial import Choices, Trial, best_of
+from qdist.search.trial import Choices, Settings, Trial, best_of
 from qdist.stats.record import CalibrationRecord
 from qdist.store.record_file import write_record
 
@@ -46,15 +47,15 @@ _RUN = "tune.run.json"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
     """What the search left: its trials, where they lie, their runs, what it knew before, and the
-    trial that it ends with; None where none has a score. ``statistics``: of the first so many
-    samples, as its plan may ask for."""
+    trial that it ends with; None where none has a score. ``statistics``: those that candidates'
+    settings ask for."""
 
     outcome: Outcome
     folder: Path
     log: TrialLog
     problem: SearchProblem
     answer: Trial | None
-    statistics: Callable[[int], CalibrationRecord]
+    statistics: TrialStatistics
 
 
 def search(
@@ -67,6 +68,7 @@ def search(
     parent: Run,
     calibrated: steps.Calibrated,
     before: EvalReport,
+    statistics: TrialStatistics,
 ) -> Found:
     """Run the strategy over the pool. ``pinned``: layers that the user has rules for; ``before``:
     the float model's score."""
@@ -86,7 +88,8 @@ def search(
     )
     setup = TrialSetup(
         frozen=frozen,
-        record=calibrated.merged.record,
+        record=planner.record,
+        factors=statistics.factors,
         taps=planner.taps,
         settings=planner.settings,
         target=target,
@@ -97,11 +100,6 @@ def search(
         scorer_options=domain.scorer_options(settings.evaluation),
         layers=_layer_samples(settings),
     )
-
-    def statistics(n_samples: int) -> CalibrationRecord:
-        return statistics_here(
-            calibrated.job, calibrated.source, calibrated.store, n_samples
-        ).record
 
     folder = context.folder / TRIALS
     book = open_book(folder, _identity(context, frozen, planner, target, scorer))
@@ -134,7 +132,7 @@ def search(
             Hooks(
                 on_trial=on_trial,
                 on_message=drawing.say,
-                statistics=lambda n: _statistics_file(folder, n, statistics),
+                statistics=lambda own: _statistics_file(folder, own, statistics),
                 costs=costs,
             ),
         )
@@ -150,12 +148,14 @@ def search(
 
 
 def _statistics_file(
-    folder: Path, n_samples: int, statistics: Callable[[int], CalibrationRecord]
+    folder: Path, settings: Settings, statistics: Callable[[Settings], CalibrationRecord]
 ) -> Path:
-    """Where workers find the statistics of the first so many samples. Raises QD311."""
-    path = folder / "statistics" / f"{n_samples}.zarr.zip"
+    """Where workers find the statistics that these settings ask for. Raises QD212, QD311."""
+    own = {key: settings[key] for key in OF_STATISTICS if key in settings}
+    name = "-".join(f"{key}-{value}" for key, value in own.items())
+    path = folder / "statistics" / f"{name}.zarr.zip"
     if not path.exists():
-        write_record(path, statistics(n_samples))
+        write_record(path, statistics(own))
     return path
 
 
