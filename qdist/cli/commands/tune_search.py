@@ -37,6 +37,7 @@ from qdist.store.record_file import write_record
 
 if TYPE_CHECKING:  # importing Ray costs half a second that --help should not pay
     from actors.outcome import Outcome
+    from actors.trial_book import TrialBook
     from actors.trial_worker import LayerSamples
 
 TRIALS = "trials"
@@ -47,7 +48,7 @@ _RUN = "tune.run.json"
 class Found:
     """What the search left: its trials, where they lie, their runs, what it knew before, and the
     trial that it ends with; None where none has a score. ``statistics``: of the first so many
-    samples, as its plan may ask for."""
+    samples, as its plan may ask for. ``book``: the trials' folder."""
 
     outcome: Outcome
     folder: Path
@@ -55,6 +56,7 @@ class Found:
     problem: SearchProblem
     answer: Trial | None
     statistics: Callable[[int], CalibrationRecord]
+    book: TrialBook
 
 
 def search(
@@ -146,6 +148,7 @@ def search(
         problem=problem,
         answer=answer_of(outcome.trials, problem, target=wanted.target, budget=wanted.budget),
         statistics=statistics,
+        book=book,
     )
 
 
