@@ -100,3 +100,12 @@ class PlanFolder:
                     shutil.copy2(source, place)
         except OSError as error:
             raise unwritable(folder, error, "a folder that this user can write") from error
+
+
+def drop_artifact(folder: Path) -> None:
+    """Delete the artifact in ``folder``, its data file included, if there is one. Raises QD603."""
+    for path in folder.glob(f"{ARTIFACT}*"):
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise unwritable(path, error, "a folder that this user can write") from error

@@ -13,11 +13,11 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from actors.plan_folder import PlanFolder
+from actors.plan_folder import PlanFolder, drop_artifact
 from qdist.digest import digest_json
 from qdist.files import make_folder, unwritable, write_json
 from qdist.search.results import PlanResult
@@ -38,6 +38,7 @@ class TrialBook:
         self.session = uuid.uuid4().hex
         self._by_key: dict[str, str] = {}
         self._by_digest: dict[str, PlanResult] = {}
+        self._digest_of: dict[int, str] = {}
         self._best_rank: tuple[float, float, float, float] | None = None
         self.n_known = 0
         """How many sets of choices earlier runs of this search have tried."""
@@ -69,6 +70,7 @@ class TrialBook:
         """Give a finished trial its folder, and note it if it is the best so far. ``costs``: of its
         plan, by name. Raises QD603."""
         place = make_folder(trial_folder(self.folder, trial.candidate.number))
+        self._digest_of[trial.candidate.number] = digest
         if digest:
             self.plan_folder(digest).link_into(place)
         shown = trial_json(trial, digest, costs or {})
@@ -76,6 +78,18 @@ class TrialBook:
         if trial.report is not None and (self._best_rank is None or trial.rank > self._best_rank):
             self._best_rank = trial.rank
             write_json(self.folder / BEST, shown)
+
+    def prune(self, kept: Collection[int]) -> None:
+        """Let go of the artifacts of all trials but ``kept`` (their numbers), of plans that were
+        run ahead too. Plans and results stay: no plan is scored again, and an artifact can be
+        written again from its plan. Raises QD603."""
+        wanted = {self._digest_of.get(number, "")[:32] for number in kept}
+        for folder in self.plans.iterdir():
+            if folder.name not in wanted:
+                drop_artifact(folder)
+        for number in self._digest_of:
+            if number not in kept:
+                drop_artifact(trial_folder(self.folder, number))
 
     def _append(self, line: Mapping[str, Any]) -> None:
         path = self.folder / _JOURNAL

@@ -75,6 +75,11 @@ class SearchConfig(Group):
     include_greedy: bool = Field(
         False, description="run greedy beside pareto, with as many trials more"
     )
+    artifacts: Literal["all", "front", "best"] = Field(
+        "all",
+        description="whose models stay in the folder trials/ once the search has ended; plans and "
+        "results of all do",
+    )
     options: dict[str, Any] = Field(
         {}, description="of a vendor's strategy (docs/search-vendors.md), or for one of your own"
     )

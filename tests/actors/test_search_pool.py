@@ -16,12 +16,14 @@ from actors.trial_worker import LayerSamples, TrialSetup
 from actors.tune import tune
 from qdist.calibration import CalibrationSettings, calibrate_here, prepare
 from qdist.demo import demo_file
+from qdist.emit.qdq import emit_qdq
 from qdist.evaluate.compare import compare_layers
 from qdist.evaluate.function import FunctionEvaluation
 from qdist.model.freeze import freeze
 from qdist.model.graph import Graph
 from qdist.model.loading import load_model
 from qdist.plan.choice import LayerChoice
+from qdist.plan.plan import load_plan
 from qdist.plan.planner import Planner
 from qdist.plan.resolved import resolved_digest
 from qdist.search.applied import planner_with
@@ -204,6 +206,36 @@ def test_what_runs_ahead_changes_no_answer_and_is_used(bench: Bench) -> None:
     assert both.guessed
     assert many.n_ahead >= 1
     assert 4 <= many.n_scored == bench.n_scored - few.n_scored <= 5  # ahead, and then not again
+
+
+def test_models_that_are_not_wanted_go_and_nothing_is_scored_again(bench: Bench) -> None:
+    wide = LayerChoice(precision="w8a16")
+    asked = [bench.candidate(0), bench.candidate(1, all=SAME), bench.candidate(2, all=wide)]
+    ahead = [bench.candidate(9, _0=wide)]
+    book = bench.book()
+    first = bench.run(Script([asked], guesses=[ahead]), workers=2, seconds=0.3, book=book)
+    n_scored = bench.n_scored
+    trials = bench.folder / "trials"
+    size = (trials / "trial-001" / "model.onnx").stat().st_size
+    book.prune({1})
+    # 0 and 1 are one plan.
+    held = sorted(path.parent.name for path in trials.glob("trial-*/model.onnx"))
+    assert held == ["trial-001"]
+    (model,) = trials.glob("plans/*/model.onnx")
+    assert model.stat().st_size == size
+    assert len(list(trials.glob("trial-*/plan.json"))) == 3
+
+    again = bench.run(Script([asked]))
+    assert scores(again) == scores(first)
+    assert (again.n_scored, bench.n_scored) == (0, n_scored)
+    held = sorted(path.parent.name for path in trials.glob("trial-*/model.onnx"))
+    assert held == ["trial-000", "trial-001"]
+    # What went is what its plan is written as.
+    plan = load_plan(trials / "trial-002" / "plan.json")
+    written = emit_qdq(
+        bench.setup.frozen, ANY_TARGET.project(plan), bench.folder / "again.onnx", check=False
+    )
+    assert written.n_bytes == first.trials[2].n_bytes
 
 
 def test_limits_end_a_search_with_what_there_is(bench: Bench) -> None:

@@ -182,6 +182,10 @@ def _log_parent(
             parent.log_artifact(artifact, best=True)
     if context.settings.tracking.artifacts == "front":
         found.log.send_models(on_front)
+    # Only now: what MLflow is to get is read from there.
+    kept = {"front": numbers, "best": {best.trial.candidate.number}}
+    if (policy := context.settings.search.artifacts) != "all":
+        found.book.prune(kept[policy] | kept["best"])
 
 
 def _front_row(row: TrialRow) -> dict[str, Any]:

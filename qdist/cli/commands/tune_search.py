@@ -38,6 +38,7 @@ from qdist.store.record_file import write_record
 
 if TYPE_CHECKING:  # importing Ray costs half a second that --help should not pay
     from actors.outcome import Outcome
+    from actors.trial_book import TrialBook
     from actors.trial_worker import LayerSamples
 
 TRIALS = "trials"
@@ -48,7 +49,7 @@ _RUN = "tune.run.json"
 class Found:
     """What the search left: its trials, where they lie, their runs, what it knew before, and the
     trial that it ends with; None where none has a score. ``statistics``: those that candidates'
-    settings ask for."""
+    settings ask for. ``book``: the trials' folder."""
 
     outcome: Outcome
     folder: Path
@@ -56,6 +57,7 @@ class Found:
     problem: SearchProblem
     answer: Trial | None
     statistics: TrialStatistics
+    book: TrialBook
 
 
 def search(
@@ -144,6 +146,7 @@ def search(
         problem=problem,
         answer=answer_of(outcome.trials, problem, target=wanted.target, budget=wanted.budget),
         statistics=statistics,
+        book=book,
     )
 
 
