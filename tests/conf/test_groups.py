@@ -191,6 +191,7 @@ def test_a_folder_of_groups_named_by_the_environment_is_used(
         "groups": [],
         "blocks": 1,
         "sequence_axes": {},
+        "smoothing": [],
         "early_stop": None,
     }
     assert "default, tiny" in succeed("calibrate", "--help").replace("compute, ", "")
