@@ -63,7 +63,7 @@ def _against(models: dict[str, Model]) -> Iterable[str]:
         for name, model in models.items()
         for entry in model["against_ort"]
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _overview(models: dict[str, Model]) -> Iterable[str]:
@@ -83,7 +83,7 @@ def _overview(models: dict[str, Model]) -> Iterable[str]:
             found.items(), key=lambda e: (e[0][3], e[0][2])
         )
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _defaults(models: dict[str, Model]) -> Iterable[str]:
@@ -114,7 +114,7 @@ def _defaults(models: dict[str, Model]) -> Iterable[str]:
                     ", ".join(sorted(theirs)),
                 ]
             )
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _wide(models: dict[str, Model]) -> Iterable[str]:
@@ -124,7 +124,7 @@ def _wide(models: dict[str, Model]) -> Iterable[str]:
         for name, model in models.items()
         for entry in model["wide_against_float"]
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _mixed(models: dict[str, Model]) -> Iterable[str]:
@@ -138,7 +138,7 @@ def _mixed(models: dict[str, Model]) -> Iterable[str]:
             else:
                 found = [_number(row["score"]), _number(row["agreement"]), f"{row['closed']:.0%}"]
             rows.append([name, SIGNS[row["symmetric"]], row["picker"], raised, *found])
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _methods(model: Model) -> Iterable[str]:
@@ -167,7 +167,7 @@ def _methods(model: Model) -> Iterable[str]:
                 str(row["n_activations"]),
             ]
         )
-    yield from _table(head, rows)
+    yield from table(head, rows)
 
 
 def _interval(entry: Row) -> str:
@@ -183,7 +183,8 @@ def _number(value: float) -> str:
     return f"{value:.4f}"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterable[str]:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterable[str]:
+    """The lines of a table in Markdown."""
     yield f"| {' | '.join(head)} |"
     yield f"| {' | '.join('---' for _ in head)} |"
     for row in rows:

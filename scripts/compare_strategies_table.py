@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from bench_accuracy_scores import Difference, Parts, Scores, paired
+from bench_accuracy_scores import Difference, Parts, Scores, discordant, paired
+from bench_accuracy_table import table
 from compare_strategies_runs import CONTENDERS, OURS, Search, Tried, rival_of
 
 from qdist.evaluate.metrics import find_metric
 
 FLOAT = "float"
 """Among the unseen scores of a model, those of the float model."""
+MOST_P = 0.05
+"""Where few samples are right under one plan alone, the bootstrap is too sure: there a difference
+counts only if McNemar's test has less than this for chance."""
 LONG = 8
 """Trials from which on half as many are to do."""
 
@@ -145,7 +149,7 @@ def _strategies(models: Sequence[ModelRuns]) -> Iterable[str]:
                     f"{search.seconds:.0f}",
                 ]
             )
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _comparisons(models: Sequence[ModelRuns]) -> Iterable[str]:
@@ -153,7 +157,9 @@ def _comparisons(models: Sequence[ModelRuns]) -> Iterable[str]:
     head += ["equal cost", "half its trials", "trials to its score, ours / its", "at its cost"]
     rows = []
     for runs in models:
-        for name, entry in all_beside(runs).items():
+        found = all_beside(runs)
+        for name in _ordered(found):
+            entry = found[name]
             ratio = entry.equal_trials.cost / entry.theirs.cost
             rows.append(
                 [
@@ -167,7 +173,7 @@ def _comparisons(models: Sequence[ModelRuns]) -> Iterable[str]:
                     _count(entry.n_within),
                 ]
             )
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _tally(models: Sequence[ModelRuns]) -> dict[str, list[str]]:
@@ -202,7 +208,10 @@ def _outcome(runs: ModelRuns, ours: Tried | None, theirs: Tried) -> str:
     if ours.plan == theirs.plan:
         return "the same plan"
     found = gain(runs, ours, theirs)
-    return "better" if found.low > 0 else "worse" if found.high < 0 else "within the interval"
+    apart = discordant(runs.scores(ours.plan), runs.scores(theirs.plan), runs.metric)
+    if found.low <= 0 <= found.high or (apart is not None and apart.p > MOST_P):
+        return "tie"
+    return "better" if found.low > 0 else "worse"
 
 
 def _shown(runs: ModelRuns, ours: Tried | None, theirs: Tried) -> str:
@@ -221,10 +230,3 @@ def _count(n: int | None) -> str:
 
 def _ordered(names: Iterable[str]) -> list[str]:
     return sorted(names, key=list(CONTENDERS).index)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterable[str]:
-    yield f"| {' | '.join(head)} |"
-    yield f"| {' | '.join('---' for _ in head)} |"
-    for row in rows:
-        yield f"| {' | '.join(row)} |"

@@ -120,6 +120,16 @@ def test_a_gain_is_positive_where_ours_is_better(metric: str) -> None:
     text = markdown([runs])
     assert "- equal trials: 1 better" in text
     assert "| m | knight |" in text
+    # Four samples to none are not yet more than chance.
+    right, wrong = np.ones(50), np.repeat([0.0, 1.0], [4, 46])
+    if metric == "agreement":
+        few = ModelRuns(
+            name="m",
+            searches=runs.searches,
+            unseen={"a": (right, ones), "b": (wrong, ones), FLOAT: (right, ones)},
+        )
+        assert gain(few, ours, theirs).low > 0
+        assert "- equal trials: 1 tie" in markdown([few])
     back = gain(runs, theirs, ours)
     assert (back.low, back.high) == pytest.approx((-found.high, -found.low))
 
