@@ -4,7 +4,9 @@
 ``pairs``     those nodes and the stored weights, made once for each quantizer.
 ``assemble``  a frozen graph and a projected plan in, the quantized graph out.
 ``integers``  the graph in the chip's whole numbers (target-exact), from ``wires``.
-``cut_numbers`` weights and biases where Icraft's normalization goes into them.
+``layer_facts`` shapes and constants of a layer, and why it is not computed in whole numbers.
+``cut_numbers`` weights and biases where ratios, as Icraft normalizes, go into them.
+``ratios``    where the scales of an activation that has several lie in what is computed with it.
 ``tables``    functions of one tensor as tables with interpolation.
 ``rows``      Softmax and LayerNormalization from such tables.
 ``reference`` one layer in whole numbers, in NumPy: what ``integers`` is checked against.

@@ -1,4 +1,4 @@
-"""Weights and biases in whole numbers where Icraft's normalization goes into them."""
+"""Weights and biases in whole numbers where ratios, as Icraft normalizes, go into them."""
 
 from __future__ import annotations
 
@@ -8,26 +8,46 @@ from numpy.typing import NDArray
 from qdist.numbers.cuts import shared_scale, vector_grid
 from qdist.numbers.rounding import round_integer
 from qdist.plan.plan import LayerPlan
-from qdist.plan.quantizer import Quantizer
 from qdist.plan.target import cuts_of
 
 
 def folded_weight(
-    weight: NDArray[np.float32], layer: LayerPlan, source: Quantizer, numbers: Quantizer
+    weight: NDArray[np.float32],
+    layer: LayerPlan,
+    ratios: NDArray[np.float64],
+    output: float | None,
+    scales: NDArray[np.float64] | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], int]:
-    """A convolution's weight times the ratios of its input's channels, in whole numbers; the values
-    of its normalized scales (one, or one an output channel), and the first cut."""
-    along = np.asarray(source.scales, np.float64).reshape(-1, *[1] * (weight.ndim - 2))
-    output = layer.outputs[0].quantizer.scales[0]
-    normalized = weight.astype(np.float64) * along / output
-    axes = tuple(range(weight.ndim))[0 if numbers.axis is None else 1 :]
-    widest = np.abs(normalized).max(axis=axes).ravel()
-    wanted = [float(w) / numbers.high if w > 0 else 1.0 for w in widest]
-    cuts = cuts_of(layer, wanted, [bound / output for bound in layer.bias_bounds])
-    values = np.array([scale.value for scale in cuts.scales])
-    scales = values.reshape(-1, *[1] * (weight.ndim - 1))
-    whole = round_integer(normalized / scales, numbers.rounding)
-    return np.clip(whole, numbers.low, numbers.high), values, cuts.shift
+    """A weight times the ratios of what it is multiplied with, in whole numbers of its own bits;
+    the scales of the accumulators (one, or one for each index of the quantizer's axis), over
+    ``output`` where that is given; and the first cut.
+
+    ``ratios`` broadcast with the weight. ``output``: the scale of the result on a target that cuts,
+    where the scales are those of `qdist.numbers.cuts`; None: any number is a scale, and there is no
+    cut. ``scales``: float64[first axis], those wanted of a depthwise convolution; else the widest
+    value has the highest number.
+    """
+    numbers = layer.weights[0].quantizer
+    zero = numbers.zero_points[0]
+    low, high = numbers.low - zero, numbers.high - zero
+    moved = weight.astype(np.float64) * ratios
+    axis = numbers.axis if scales is None else 0
+    if scales is None:
+        axes = tuple(i for i in range(weight.ndim) if i != axis)
+        scales = np.atleast_1d(np.abs(moved).max(axis=axes)) / high
+    if output is None:
+        # Where all is 0 the scale is that of the bias alone: no coarser than its neighbours'.
+        found, shift = np.where(scales > 0, scales, scales.max() or 2.0**-16), 0
+    else:
+        moved = moved / output
+        wanted = [float(scale) if scale > 0 else 1.0 for scale in scales / output]
+        cuts = cuts_of(layer, wanted, [bound / output for bound in layer.bias_bounds])
+        found, shift = np.array([scale.value for scale in cuts.scales]), cuts.shift
+    shape = [1] * weight.ndim
+    if axis is not None:
+        shape[axis] = -1
+    whole = round_integer(moved / found.reshape(shape), numbers.rounding)
+    return np.clip(whole, low, high), found, shift
 
 
 def norm_numbers(

@@ -1,11 +1,11 @@
 """The target-exact graph: what a chip computes in whole numbers.
 
-Layers of an operator that has a scheme here, with integer inputs that have one scale each, are
-computed from integers to integers: accumulators that never overflow, bias in accumulators,
-requantization to the numbers of the output. Functions of one 16-bit tensor are looked up where the
-target has tables (`qdist.simulate.tables`). Other layers compute in float32 and store their result
-in the numbers of their output, which for a function of 8 bits is what a full table holds. What has
-no known output stays wide.
+Layers of an operator that has a scheme here, with integer inputs, are computed from integers to
+integers: accumulators that never overflow, bias in accumulators, requantization to the numbers of
+the output. Inputs may have several scales (`qdist.simulate.ratios`). Functions of one 16-bit tensor
+are looked up where the target has tables (`qdist.simulate.tables`). Other layers compute in float32
+and store their result in the numbers of their output, which for a function of 8 bits is what a full
+table holds. What has no known output stays wide.
 
 Two schemes. On a target with ``m * 2**-n`` scales it is Icraft's (seed of the vendor, section
 "operators"): two cuts, bias in twice the bits, halves away from zero; where that document says
@@ -21,8 +21,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
-import onnx.shape_inference
 from numpy.typing import NDArray
 from onnx import NodeProto
 
@@ -36,10 +34,10 @@ from qdist.numbers.cuts import (
     vector_grid,
 )
 from qdist.numbers.rounding import round_integer
-from qdist.numbers.table import FUNCTIONS, TABLE_OPERATORS
+from qdist.numbers.table import FUNCTIONS
 from qdist.plan.plan import LayerPlan
 from qdist.plan.quantizer import Quantizer
-from qdist.plan.target import CUT_GRID, ProjectedPlan
+from qdist.plan.target import ProjectedPlan
 from qdist.simulate.assemble import (
     QuantizedGraph,
     finished,
@@ -49,9 +47,18 @@ from qdist.simulate.assemble import (
     round_results,
 )
 from qdist.simulate.cut_numbers import folded_weight, norm_numbers
+from qdist.simulate.layer_facts import NORM, SUMS, LayerFacts
 from qdist.simulate.pairs import Pairs
+from qdist.simulate.ratios import (
+    CONVOLUTIONS,
+    accumulator_scales,
+    along,
+    is_depthwise,
+    kept_axis,
+    ratios_of,
+    shaped_scales,
+)
 from qdist.simulate.rows import (
-    LONGEST_ROW,
     gains_of,
     normalized_wires,
     softmax_wires,
@@ -61,9 +68,6 @@ from qdist.simulate.wires import FLOAT, Wires
 
 OUR_READING = "our reading: no document specifies this target's requantization"
 CUT_READING = "Icraft's cuts; rounding of the first cut and products of activations: our reading"
-_PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "Mul")
-_SUMS = ("Add", "Sub")
-_NORM = "BatchNormalization"
 _BIAS_BITS = {8: 32, 16: 48}
 """Bits of a bias by those of the activations: products of 16-bit numbers need wide accumulators."""
 
@@ -81,6 +85,16 @@ class IntegerGraph:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Folded:
+    """``weight``: the tensor of whole numbers with ratios in them, float32. ``scales``: of the
+    accumulators, on a target that cuts over that of the result; ``shift``: the first cut there."""
+
+    weight: str
+    scales: NDArray[np.float64]
+    shift: int
+
+
 def integer_graph(frozen: FrozenModel, projected: ProjectedPlan) -> IntegerGraph:
     """The frozen graph as the target's integer units compute it. Raises QD206."""
     return _Builder(frozen, projected).build()
@@ -95,6 +109,7 @@ class _Builder:
         self._proto = raised(frozen, max(projected.plan.opset, 13))
         self._pairs = Pairs(frozen.weights(), rewrite.tensor_names(self._proto))
         self._biases = self._fused_biases()
+        self._facts = LayerFacts(frozen, self._target, self._pairs.weights, self._biases)
         self._apart = {
             layer.fused_with
             for layer in self._layers.values()
@@ -102,13 +117,8 @@ class _Builder:
         }
         """Layers whose bias is added after a rounding of the model's own."""
         self._notes: list[str] = []
-        self._shapes: dict[str, tuple[int, ...]] | None = None
         self._schemes: dict[str, str] = {}
         self._in_float: dict[str, str] = {}
-
-    @property
-    def _is_cut(self) -> bool:
-        return self._target.scale_grid == CUT_GRID
 
     def build(self) -> IntegerGraph:
         """All nodes, one layer after the other."""
@@ -133,7 +143,7 @@ class _Builder:
         self._proto.producer_name = "qdist"
         return IntegerGraph(
             graph=finished(self._frozen, self._proto, nodes, self._pairs),
-            reading=CUT_READING if self._is_cut else OUR_READING,
+            reading=CUT_READING if self._facts.is_cut else OUR_READING,
             schemes=self._schemes,
             in_float=self._in_float,
             notes=tuple(self._notes),
@@ -152,14 +162,14 @@ class _Builder:
 
     def _in_integers(self, node: NodeProto, layer: LayerPlan) -> list[NodeProto] | None:
         """The layer in whole numbers; None where it is computed in float32."""
-        reason = self._obstacle(node, layer)
+        reason = self._facts.obstacle(node, layer)
         if reason is not None:
             self._in_float[layer.name] = reason
             return None
         wires = Wires(self._pairs, f"{layer.name}.integer")
         bias = self._biases.get(layer.name)
         target = bias.output[0] if bias is not None else node.output[0]
-        if node.op_type == _NORM:
+        if node.op_type == NORM:
             self._norm(node, layer, wires, target)
         elif node.op_type == "Softmax":
             self._softmax(node, layer, wires, target)
@@ -167,147 +177,35 @@ class _Builder:
             self._layer_norm(node, layer, wires, target)
         elif node.op_type in FUNCTIONS:
             self._function(node, layer, wires, target)
-        elif self._is_folded(node, layer):
-            self._folded(node, layer, wires, target)
-        elif node.op_type in _SUMS:
+        elif node.op_type in SUMS:
             self._sum(node, layer, wires, target)
         else:
             self._product(node, layer, wires, target)
         return wires.nodes
 
-    def _obstacle(self, node: NodeProto, layer: LayerPlan) -> str | None:
-        """Why the layer is not computed in whole numbers."""
-        if node.op_type == _NORM:
-            return self._no_norm(node, layer)
-        if node.op_type not in (*_PRODUCTS, *_SUMS):
-            return self._no_table(node, layer)
-        entries = {e.index: e.quantizer for e in (*layer.activations, *layer.weights)}
-        if set(entries) != {0, 1}:
-            return "an input stays float"
-        if any(q.is_float for q in entries.values()):
-            return "its numbers are floating-point"
-        if self._is_folded(node, layer):
-            known = all(name in self._pairs.weights for name in self._bias_names(node))
-            return None if known else "its bias is computed"
-        if any(e.quantizer.is_dynamic or e.quantizer.axis is not None for e in layer.activations):
-            return "an activation has several scales"
-        if any(q.blocks is not None for q in entries.values()):
-            return "a weight has a scale for every block"
-        if node.op_type in _SUMS or node.op_type == "Mul":
-            if any(q.axis is not None for q in entries.values()):
-                return "a factor has several scales"
-            return None if layer.outputs else "its output was not measured"
-        if not all(name in self._pairs.weights for name in self._bias_names(node)):
-            return "its bias is computed"
-        return None
-
-    def _is_folded(self, node: NodeProto, layer: LayerPlan) -> bool:
-        """Whether the ratios of a convolution's input, one for each channel, go into its weight, as
-        Icraft normalizes."""
-        if not self._is_cut or node.op_type != "Conv" or attribute(node, "group", 1) != 1:
-            return False
-        if not len(layer.activations) == len(layer.weights) == len(layer.outputs) == 1:
-            return False
-        source, weight = layer.activations[0].quantizer, layer.weights[0].quantizer
-        is_plain = weight.blocks is None and weight.axis in (None, 0) and not weight.is_float
-        is_stored = layer.outputs[0].quantizer.axis is None and layer.name not in self._apart
-        return source.axis == 1 and not any(source.zero_points) and is_plain and is_stored
-
-    def _no_table(self, node: NodeProto, layer: LayerPlan) -> str | None:
-        """Why the layer is not looked up in a table."""
-        known = node.op_type in TABLE_OPERATORS and node.domain in ("", "ai.onnx")
-        if not known or self._table_bits(layer) is None:
-            return f"{node.op_type} is a function, or moves values"
-        if not layer.activations or not layer.outputs:
-            return "its input or output stays float"
-        source = layer.activations[0].quantizer
-        if source.is_float or source.is_dynamic or source.axis is not None:
-            return "an activation has several scales, or floating-point numbers"
-        if source.bits <= 8:
-            # Its float result, stored, is what a table of all its levels holds.
-            return "its table would hold every level"
-        return self._no_row(node) if node.op_type == "LayerNormalization" else None
-
-    def _table_bits(self, layer: LayerPlan) -> int | None:
-        """The length of the layer's tables: its own, or the target's."""
-        if self._target.table_bits is None:
-            return None
-        return layer.choice.table_bits or self._target.table_bits
-
-    def _no_row(self, node: NodeProto) -> str | None:
-        """Why a layer normalization is not computed from a table."""
-        if not all(name in self._pairs.weights for name in node.input[1:] if name):
-            return "its parameters are computed"
-        if any(node.output[1:]):
-            return "its statistics are read"
-        shape, gain = self._shape(node.input[0]), self._pairs.weights.shape(node.input[1])
-        n_axes = len(self._row_axes(node, len(shape)))
-        if not shape or tuple(gain) != shape[len(shape) - n_axes :]:
-            return "the length of its rows is not known"
-        if int(np.prod(gain)) > LONGEST_ROW:
-            return f"its rows are longer than {LONGEST_ROW} numbers"
-        return None
-
-    @staticmethod
-    def _row_axes(node: NodeProto, rank: int) -> tuple[int, ...]:
-        """The axes that a layer normalization works along, counted from the end."""
-        axis = int(attribute(node, "axis", -1))
-        return tuple(range(axis if axis < 0 else axis - rank, 0))
-
-    def _no_norm(self, node: NodeProto, layer: LayerPlan) -> str | None:
-        """Why a batch normalization is not computed in whole numbers."""
-        if not self._is_cut:
-            return f"{node.op_type} has no documented integer form here"
-        if not layer.activations or not layer.outputs or layer.activations[0].quantizer.is_float:
-            return "its input or output stays float"
-        source = layer.activations[0].quantizer
-        if source.is_dynamic or source.axis is not None:
-            return "an activation has several scales"
-        if not all(name in self._pairs.weights for name in node.input[1:5]):
-            return "its parameters are computed"
-        return None if self._rank(node.input[0]) >= 2 else "its rank is not known"
-
-    def _rank(self, tensor: str) -> int:
-        """How many axes a tensor has; 0 where nothing tells."""
-        return len(self._shape(tensor))
-
-    def _shape(self, tensor: str) -> tuple[int, ...]:
-        """The axes of a tensor, 0 for a length that is not fixed; none where nothing tells."""
-        if self._shapes is None:
-            graph = onnx.shape_inference.infer_shapes(self._frozen.proto()).graph
-            self._shapes = {
-                value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)
-                for value in (*graph.input, *graph.value_info)
-            }
-        return self._shapes.get(tensor, ())
-
-    def _bias_names(self, node: NodeProto) -> list[str]:
-        names = list(node.input[2:3])
-        bias = self._biases.get(node.name)
-        if bias is not None:
-            names += [n for n in bias.input if n != node.output[0]]
-        return [name for name in names if name]
-
     # --- products -------------------------------------------------------------------------------
 
     def _product(self, node: NodeProto, layer: LayerPlan, wires: Wires, target: str) -> None:
-        first, second = self._factors(node, layer, wires)
-        scales = _product_scales(node, layer)
-        if node.op_type in ("Conv", "ConvTranspose") and scales.ndim:
-            scales = scales.reshape(-1, *[1] * (len(self._kernel(node)) - 2))
-        if node.op_type == "Mul":
-            total = wires.add("Mul", first, second)
-        elif node.op_type in ("Conv", "ConvTranspose"):
-            total = self._convolution(node, layer, wires, first, second)
-        else:
-            total = _matrix_product(node, wires, first, second)
         output = layer.outputs[0].quantizer if layer.outputs else None
         if layer.name in self._apart:
             # The accumulators stay wide; the last node of the chain stores its result.
             output = None
-        if self._is_cut and output is not None:
+        is_cut = self._facts.is_cut and output is not None
+        folded = self._folded(node, layer, wires, is_cut=is_cut)
+        first, second = self._factors(node, layer, wires, folded.weight if folded else None)
+        if node.op_type == "Mul":
+            total = wires.add("Mul", first, second)
+        elif node.op_type in CONVOLUTIONS:
+            total = self._convolution(node, layer, wires, first, second)
+        else:
+            total = _matrix_product(node, wires, first, second)
+        scales = folded.scales if folded else self._scales(node, layer)
+        if self._facts.is_cut and output is not None:
             self._schemes[layer.name] = "cuts"
-            self._cut(node, layer, wires, (total, target), scales, output)
+            values, shift = (
+                (scales, folded.shift) if folded else self._cut(node, layer, scales, output)
+            )
+            self._finish_cut(node, wires, (total, target), values, shift, layer)
             return
         self._schemes[layer.name] = "product"
         bias_bits = _BIAS_BITS.get(layer.activations[0].quantizer.bits, 32)
@@ -321,17 +219,60 @@ class _Builder:
         whole = wires.requantized(total, multipliers, output, "half_even")
         wires.stored(whole, output, target)
 
-    def _factors(self, node: NodeProto, layer: LayerPlan, wires: Wires) -> tuple[str, str]:
+    def _scales(self, node: NodeProto, layer: LayerPlan) -> NDArray[np.float64]:
+        """The scale of the accumulators of weights as they are, shaped to broadcast with them."""
+        ratios = self._ratios(node, layer)
+        if ratios is None:
+            return accumulator_scales(node, layer, self._facts.ranks(node))
+        # A depthwise convolution: the ratio of the one channel that each result reads.
+        scales = ratios.ravel() * np.asarray(layer.weights[0].quantizer.scales)
+        return scales.reshape(-1, *[1] * (len(self._facts.kernel(node)) - 2))
+
+    def _ratios(self, node: NodeProto, layer: LayerPlan) -> NDArray[np.float64] | None:
+        """Those that lie along what is summed, see `ratios_of`."""
+        return ratios_of(node, layer, self._facts.weight_shape(layer), self._facts.ranks(node))
+
+    def _folded(
+        self, node: NodeProto, layer: LayerPlan, wires: Wires, *, is_cut: bool
+    ) -> _Folded | None:
+        """The weight with the ratios of the other factor in it; None where it stays as it is."""
+        ratios = self._ratios(node, layer)
+        is_single = ratios is not None and is_depthwise(node, self._facts.weight_shape(layer))
+        # Without cuts any scale of a depthwise convolution's results is one.
+        if ratios is None or (is_single and not is_cut):
+            return None
+        entry, rank = layer.weights[0], ratios.ndim
+        output = layer.outputs[0].quantizer.scales[0] if is_cut else None
+        if node.op_type == "Gemm":
+            ratios = ratios * attribute(node, "alpha", 1.0)
+        wanted = ratios.ravel() * np.asarray(entry.quantizer.scales) if is_single else None
+        values = self._pairs.weights.read(entry.tensor)
+        whole, scales, shift = folded_weight(values, layer, ratios, output, wanted)
+        if node.op_type in CONVOLUTIONS:
+            scales = scales.reshape(-1, *[1] * (rank - 2))
+        elif entry.quantizer.axis is not None:
+            axis = kept_axis(node, entry.index, entry.quantizer.axis - values.ndim)
+            scales = along(scales.tolist(), -1 if axis is None else axis)
+        if scales.size == 1:
+            scales = scales.reshape(())
+        return _Folded(weight=wires.constant(whole, np.float32), scales=scales, shift=shift)
+
+    def _factors(
+        self, node: NodeProto, layer: LayerPlan, wires: Wires, weight: str | None = None
+    ) -> tuple[str, str]:
         """Both inputs as whole numbers, less zero points: activations and pointwise constants in
-        float64, weights of a convolution in float32."""
-        rounding = self._target.rounding
+        float64, weights of a convolution in float32. ``weight``: the numbers of the weight, where
+        they are not those of the plan."""
+        rounding, ranks = self._target.rounding, self._facts.ranks(node)
         found: dict[int, str] = {}
         for entry in layer.activations:
             source = node.input[entry.index]
-            found[entry.index] = wires.integers(source, entry.quantizer, rounding)
+            found[entry.index] = wires.integers(
+                source, entry.quantizer, rounding, ranks[entry.index]
+            )
         for entry in layer.weights:
-            name = wires.weight(entry.tensor, entry.quantizer)
-            is_kernel = node.op_type in ("Conv", "ConvTranspose")
+            name = weight or wires.weight(entry.tensor, entry.quantizer)
+            is_kernel = node.op_type in CONVOLUTIONS
             found[entry.index] = name if is_kernel else wires.wide(name)
         return found[0], found[1]
 
@@ -339,7 +280,7 @@ class _Builder:
         self, node: NodeProto, layer: LayerPlan, wires: Wires, first: str, second: str
     ) -> str:
         ranges = tuple(
-            max(abs(q.low - q.zero_points[0]), abs(q.high - q.zero_points[0]))
+            max(max(q.high - zero, zero - q.low) for zero in set(q.zero_points))
             for q in (layer.activations[0].quantizer, layer.weights[0].quantizer)
         )
         shape = self._pairs.weights.shape(node.input[1])
@@ -356,12 +297,12 @@ class _Builder:
     ) -> Iterable[NDArray[np.float64]]:
         """The constants that are added, as whole numbers of these scales."""
         high = float((1 << (bits - 1)) - 1)
-        for name in self._bias_names(node):
+        for name in self._facts.bias_names(node):
             values = self._pairs.weights.read(name).astype(np.float64)
             if name in node.input and node.op_type == "Gemm":
                 values = values * attribute(node, "beta", 1.0)
             elif name in node.input:
-                values = values.reshape(-1, *[1] * (len(self._kernel(node)) - 2))
+                values = values.reshape(-1, *[1] * (len(self._facts.kernel(node)) - 2))
             whole = round_integer(values / scales, self._target.rounding)
             yield self._within(node.name, whole, high, bits)
 
@@ -374,20 +315,10 @@ class _Builder:
             self._notes.append(f"{layer}: {n_beyond} biases saturate in {bits} bits")
         return np.clip(biases, -high, high)
 
-    def _kernel(self, node: NodeProto) -> tuple[int, ...]:
-        return self._pairs.weights.shape(node.input[1])
-
     def _cut(
-        self,
-        node: NodeProto,
-        layer: LayerPlan,
-        wires: Wires,
-        names: tuple[str, str],
-        scales: NDArray[np.float64],
-        output: Quantizer,
-    ) -> None:
-        """Icraft's requantization: first cut, bias in twice the bits, multiplication and shift."""
-        total, target = names
+        self, node: NodeProto, layer: LayerPlan, scales: NDArray[np.float64], output: Quantizer
+    ) -> tuple[NDArray[np.float64], int]:
+        """The values of the scales of a weight as it is, shaped as they are, and the first cut."""
         bits = layer.activations[0].quantizer.bits
         normalized = scales / output.scales[0]
         plain = node.op_type != "Gemm" or attribute(node, "alpha", 1.0) == 1.0
@@ -399,30 +330,7 @@ class _Builder:
             split = vector_cuts if node.op_type == "Mul" else matrix_cuts
             found = split([float(s) for s in normalized.ravel()], bits)
             values, shift = np.array([s.value for s in found.scales]), found.shift
-        self._finish_cut(
-            node, wires, (total, target), values.reshape(normalized.shape), shift, layer
-        )
-
-    def _folded(self, node: NodeProto, layer: LayerPlan, wires: Wires, target: str) -> None:
-        """A convolution whose input has a ratio for every channel: these are multiplied into the
-        weight, which then gets its own scales."""
-        self._schemes[layer.name] = "cuts"
-        (entry,), (source,) = layer.weights, layer.activations
-        whole, values, shift = folded_weight(
-            self._pairs.weights.read(entry.tensor), layer, source.quantizer, entry.quantizer
-        )
-        n_spatial = whole.ndim - 2
-        scales = np.asarray(source.quantizer.scales, np.float32).reshape(-1, *[1] * n_spatial)
-        ratio = wires.add("Div", node.input[0], wires.constant(scales, np.float32))
-        x = wires.rounded(wires.wide(ratio), self._target.rounding)
-        x = wires.clipped(x, source.quantizer.low, source.quantizer.high)
-        ranges = max(-source.quantizer.low, source.quantizer.high), entry.quantizer.high
-        attributes = {a.name: attribute(node, a.name) for a in node.attribute}
-        weight = wires.constant(whole, np.float32)
-        n_summed = int(np.prod(whole.shape[1:]))
-        total = wires.convolution("Conv", x, weight, n_summed, ranges, **attributes)
-        values = values.reshape(-1, *[1] * n_spatial) if values.size > 1 else values.reshape(())
-        self._finish_cut(node, wires, (total, target), values, shift, layer)
+        return values.reshape(normalized.shape), shift
 
     def _finish_cut(
         self,
@@ -433,8 +341,8 @@ class _Builder:
         shift: int,
         layer: LayerPlan,
     ) -> None:
-        """First cut, bias, multiplication and shift. ``values``: of the scales, shaped to broadcast
-        with the accumulators."""
+        """Icraft's requantization: first cut, bias in twice the bits, multiplication and shift.
+        ``values``: of the scales, shaped to broadcast with the accumulators."""
         total, target = names
         bits, output = layer.activations[0].quantizer.bits, layer.outputs[0].quantizer
         second = values * 2.0**shift
@@ -458,21 +366,22 @@ class _Builder:
         )
         weight = gamma / np.sqrt(variance + attribute(node, "epsilon", 1e-5))
         bias = (beta - mean * weight) / output.scales[0]
-        normalized = weight * source.scales[0] / output.scales[0]
+        normalized = weight * np.asarray(source.scales) / output.scales[0]
         whole, offset, scales = norm_numbers(normalized, bias, source.bits)
         wide = BIAS_FACTOR * source.bits
         offset = self._within(layer.name, offset, float((1 << (wide - 1)) - 1), wide)
-        along = [1, -1, *[1] * (self._rank(node.input[0]) - 2)]
-        x = wires.integers(node.input[0], source, self._target.rounding)
-        product = wires.add("Mul", x, wires.constant(whole.reshape(along)))
-        total = wires.add("Add", product, wires.constant(offset.reshape(along)))
-        stored = wires.requantized(total, scales.reshape(along), output, "half_away")
+        rank = self._facts.rank(node.input[0])
+        shape = [1, -1, *[1] * (rank - 2)]
+        x = wires.integers(node.input[0], source, self._target.rounding, rank)
+        product = wires.add("Mul", x, wires.constant(whole.reshape(shape)))
+        total = wires.add("Add", product, wires.constant(offset.reshape(shape)))
+        stored = wires.requantized(total, scales.reshape(shape), output, "half_away")
         wires.stored(stored, output, target)
 
     def _function(self, node: NodeProto, layer: LayerPlan, wires: Wires, target: str) -> None:
         self._schemes[layer.name] = "table"
         (entry,), (result,) = layer.activations, layer.outputs
-        bits = self._table_bits(layer) or 0
+        bits = self._facts.table_bits(layer) or 0
         source, numbers = entry.quantizer, result.quantizer
         table = table_of(node, source, numbers, bits, rewrite.opset_of(self._proto))
         whole = wires.integers(node.input[0], source, self._target.rounding)
@@ -481,7 +390,11 @@ class _Builder:
     def _softmax(self, node: NodeProto, layer: LayerPlan, wires: Wires, target: str) -> None:
         self._schemes[layer.name] = "table"
         (entry,), (result,) = layer.activations, layer.outputs
-        source, numbers, bits = entry.quantizer, result.quantizer, self._table_bits(layer) or 0
+        source, numbers, bits = (
+            entry.quantizer,
+            result.quantizer,
+            self._facts.table_bits(layer) or 0,
+        )
         whole = wires.integers(node.input[0], source, self._target.rounding)
         axis = int(attribute(node, "axis", -1))
         stored = softmax_wires(wires, whole, axis, source, numbers, bits)
@@ -490,14 +403,18 @@ class _Builder:
     def _layer_norm(self, node: NodeProto, layer: LayerPlan, wires: Wires, target: str) -> None:
         self._schemes[layer.name] = "table"
         (entry,), (result,) = layer.activations, layer.outputs
-        source, numbers, bits = entry.quantizer, result.quantizer, self._table_bits(layer) or 0
+        source, numbers, bits = (
+            entry.quantizer,
+            result.quantizer,
+            self._facts.table_bits(layer) or 0,
+        )
         gain, *bias = (self._pairs.weights.read(name) for name in node.input[1:] if name)
         epsilon = attribute(node, "epsilon", 1e-5)
         gains = gains_of(gain, bias[0] if bias else None, epsilon, source, numbers)
         if gains.n_beyond:
             self._notes.append(f"{layer.name}: {gains.n_beyond} biases saturate in 48 bits")
         whole = wires.integers(node.input[0], source, self._target.rounding)
-        axes = self._row_axes(node, self._rank(node.input[0]))
+        axes = self._facts.row_axes(node, self._facts.rank(node.input[0]))
         centred = normalized_wires(wires, whole, axes, gain.size, gains.epsilon, bits)
         product = wires.add("Mul", centred, wires.constant(gains.whole))
         total = wires.add("Add", product, wires.constant(gains.bias))
@@ -510,16 +427,21 @@ class _Builder:
     def _sum(self, node: NodeProto, layer: LayerPlan, wires: Wires, target: str) -> None:
         output = layer.outputs[0].quantizer
         quantizers = {e.index: e.quantizer for e in (*layer.activations, *layer.weights)}
-        ratios = [quantizers[i].scales[0] / output.scales[0] for i in (0, 1)]
+        ratios = [
+            shaped_scales(quantizers[i], rank) / output.scales[0]
+            for i, rank in enumerate(self._facts.ranks(node))
+        ]
         operands = list(self._factors(node, layer, wires))
-        if self._is_cut:
+        if self._facts.is_cut:
             self._schemes[layer.name] = "cuts"
-            scale = vector_grid(output.bits).snap(max(ratios) / output.high).value
-            factors = [float(np.trunc(ratio / scale + 0.5)) for ratio in ratios]
-            multiplier, rounding = np.asarray(scale), "half_away"
+            grid, largest = vector_grid(output.bits), np.maximum(*ratios)
+            snapped = [grid.snap(float(ratio) / output.high).value for ratio in largest.ravel()]
+            multiplier = np.asarray(snapped).reshape(largest.shape)
+            factors = [np.trunc(ratio / multiplier + 0.5) for ratio in ratios]
+            rounding = "half_away"
         else:
             self._schemes[layer.name] = "sum"
-            factors = [float(np.float32(ratio)) for ratio in ratios]
+            factors = [np.asarray(ratio, np.float32).astype(np.float64) for ratio in ratios]
             multiplier, rounding = np.asarray(1.0), "half_even"
         terms = [
             wires.add("Mul", x, wires.constant(f)) for x, f in zip(operands, factors, strict=True)
@@ -527,23 +449,6 @@ class _Builder:
         total = wires.add(node.op_type, *terms)
         whole = wires.requantized(total, multiplier, output, rounding)
         wires.stored(whole, output, target)
-
-
-def _product_scales(node: NodeProto, layer: LayerPlan) -> NDArray[np.float64]:
-    """The scale of the accumulators, shaped to broadcast with them."""
-    scale = np.asarray(1.0)
-    for entry in layer.activations:
-        scale = scale * entry.quantizer.scales[0]
-    for entry in layer.weights:
-        quantizer = entry.quantizer
-        values = np.asarray(quantizer.scales, np.float64)
-        if quantizer.axis is None:
-            scale = scale * values[0]
-        elif node.op_type in ("Conv", "ConvTranspose"):
-            scale = scale * values
-        else:
-            scale = scale * (values if entry.index == 1 else values[:, None])
-    return np.asarray(scale * attribute(node, "alpha", 1.0) if node.op_type == "Gemm" else scale)
 
 
 def _matrix_product(node: NodeProto, wires: Wires, first: str, second: str) -> str:

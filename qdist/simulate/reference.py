@@ -115,14 +115,30 @@ def cut_product(
 def sum_of(
     first: Integers,
     second: Integers,
-    multipliers: tuple[np.float32, np.float32],
+    multipliers: tuple[Any, Any],
     zero: int,
     levels: tuple[int, int],
 ) -> Integers:
-    """Add: ``clip(round(first * m1 + second * m2) + zero)``, rounded once, half to even."""
+    """Add: ``clip(round(first * m1 + second * m2) + zero)``, rounded once, half to even.
+    ``multipliers``: float32, single ones or arrays that broadcast."""
     (m1, n1), (m2, n2) = (fixed_point(np.asarray(m, np.float32)) for m in multipliers)
-    deepest = max(int(n1), int(n2), 0)
-    product = first.astype(object) * (int(m1) << (deepest - int(n1)))
-    product = product + second.astype(object) * (int(m2) << (deepest - int(n2)))
+    deepest = max(int(n1.max()), int(n2.max()), 0)
+    product = first.astype(object) * (m1.astype(object) << (deepest - n1).astype(object))
+    product = product + second.astype(object) * (m2.astype(object) << (deepest - n2).astype(object))
     found = shifted(product, np.asarray(deepest, object), "half_even")
     return np.clip(np.asarray(found + zero, np.int64), *levels)
+
+
+def folded(
+    weight: NDArray[np.float32],
+    ratios: NDArray[np.float64],
+    scales: NDArray[np.float64],
+    top: int,
+    rounding: str = "half_even",
+) -> Integers:
+    """A weight with the ratios of what it is multiplied with in it, in whole numbers of ``-top ..
+    top``: ``clip(round(weight * ratio / scale))``; ``ratios`` and ``scales`` broadcast."""
+    exact = weight.astype(np.float64) * ratios / scales
+    away = np.sign(exact) * np.floor(np.abs(exact) + 0.5)
+    whole = np.rint(exact) if rounding == "half_even" else away
+    return np.clip(whole, -top, top).astype(np.int64)

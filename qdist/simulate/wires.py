@@ -14,6 +14,7 @@ from onnx import NodeProto, TensorProto, helper
 
 from qdist.plan.quantizer import Quantizer
 from qdist.simulate.pairs import Pairs
+from qdist.simulate.ratios import along
 
 FLOAT, DOUBLE = TensorProto.FLOAT, TensorProto.DOUBLE
 _EXACT_IN_FLOAT32 = 24
@@ -54,15 +55,29 @@ class Wires:
         """A float64 tensor within bounds."""
         return self.add("Clip", tensor, self.constant(low), self.constant(high))
 
-    def integers(self, tensor: str, quantizer: Quantizer, rounding: str) -> str:
-        """What a per-tensor quantizer makes of a float32 activation, less its zero point: float64.
+    def integers(self, tensor: str, quantizer: Quantizer, rounding: str, rank: int = 0) -> str:
+        """What a quantizer makes of a float32 activation, less its zero point: float64.
 
-        The division is in float32, as ``QuantizeLinear`` has it.
+        The division is in float32, as ``QuantizeLinear`` has it. ``rank``: of the tensor, where it
+        has several scales.
         """
+        if quantizer.axis is not None:
+            return self._integers_along(tensor, quantizer, rounding, quantizer.axis - rank)
         (scale,), (zero,) = quantizer.scales, quantizer.zero_points
         ratio = self.add("Div", tensor, self.constant(scale, np.float32))
         whole = self.rounded(self.wide(ratio), rounding)
         return self.clipped(whole, quantizer.low - zero, quantizer.high - zero)
+
+    def _integers_along(self, tensor: str, quantizer: Quantizer, rounding: str, axis: int) -> str:
+        """The same with a scale and a zero point for every index of an axis, from the end."""
+        scales = self.constant(along(quantizer.scales, axis, np.float32), np.float32)
+        whole = self.rounded(self.wide(self.add("Div", tensor, scales)), rounding)
+        if not any(quantizer.zero_points):
+            return self.clipped(whole, quantizer.low, quantizer.high)
+        # Clip takes single bounds, so those of the stored numbers.
+        zeros = self.constant(along(quantizer.zero_points, axis))
+        stored = self.clipped(self.add("Add", whole, zeros), quantizer.low, quantizer.high)
+        return self.add("Sub", stored, zeros)
 
     def weight(self, tensor: str, quantizer: Quantizer) -> str:
         """The integers of a stored weight, less the zero point: float32."""

@@ -178,7 +178,7 @@ def test_both_modes_move_values_without_changing_them(
         outs = [e.quantizer for la in projected.plan.layers for e in la.outputs if e.tensor == name]
         assert np.abs(outs[0].applied(one) - other).max() <= 3 * outs[0].scales[0]
     reasons = integer_graph(frozen, projected).in_float
-    several = {n for n, why in reasons.items() if why == "an activation has several scales"}
+    several = {n for n, why in reasons.items() if "several scales" in why}
     assert several == set()
 
 
@@ -189,13 +189,12 @@ def test_ratios_of_channels_go_into_the_weight(
     frozen, _ = made
     projected = ICRAFT.project(plan)
     layer = next(la for la in projected.plan.layers if la.name == "after")
-    source, numbers, result = (
-        e.quantizer for e in (layer.activations[0], layer.weights[0], layer.outputs[0])
-    )
+    source, result = layer.activations[0].quantizer, layer.outputs[0].quantizer
     assert source.axis == 1
     assert len(set(source.scales)) == 2
     weight = frozen.weights().read("w3")
-    whole, values, shift = folded_weight(weight, layer, source, numbers)
+    ratios = np.asarray(source.scales).reshape(-1, 1, 1)
+    whole, values, shift = folded_weight(weight, layer, ratios, result.scales[0])
     normalized = weight * np.asarray(source.scales).reshape(-1, 1, 1) / result.scales[0]
     scales = values.reshape(-1, 1, 1, 1)
     assert np.abs(whole * scales - normalized).max() <= scales.max() * 1.01
