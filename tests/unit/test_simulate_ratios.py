@@ -12,6 +12,7 @@ import onnx
 import pytest
 from onnx import NodeProto
 
+from qdist.emit.writer import write_model
 from qdist.model.freeze import FrozenModel
 from qdist.model.session import run, scoring_session
 from qdist.numbers.cuts import matrix_cuts, vector_cuts, vector_grid
@@ -298,6 +299,48 @@ def test_channels_without_weights_keep_their_bias(target: Target, tmp_path: Path
     found = computed(frozen, plan, tmp_path, {"x": spread((2, 4, 5, 5), 3)})
     step = of(plan, "layer").outputs[0].quantizer.scales[0]
     assert np.abs(found[:, 1] + 1.5).max() < step
+
+
+@pytest.mark.parametrize("target", [ANY_TARGET, ICRAFT])
+def test_a_weight_that_is_the_first_factor_takes_the_ratios(target: Target, tmp_path: Path) -> None:
+    """Channels before positions, as after a convolution: the rows of the second factor."""
+    weight = normal(7, 12)
+    proto = model(
+        [
+            node("MaxPool", ["x"], ["p"], "pool", kernel_shape=[1]),
+            node("MatMul", ["w", "p"], ["y"], "layer"),
+        ],
+        [value("x", ["n", 12, 6])],
+        [value("y", ["n", 7, 6])],
+        {"w": weight},
+    )
+    frozen, plan = planned(proto, {"x": (12, 6)}, tmp_path, target)
+    layer = of(plan, "layer")
+    source, numbers, result = (
+        e.quantizer for e in (layer.activations[0], layer.weights[0], layer.outputs[0])
+    )
+    assert (source.axis, numbers.axis) == (1, 0)
+    ratios, sy = np.asarray(source.scales)[None], result.scales[0]
+    scales = np.abs(weight * ratios).max(axis=1, keepdims=True) / 127
+    levels = (result.low, result.high)
+    graph = integer_graph(frozen, plan).graph
+    graph.proto.graph.output.append(onnx.ValueInfoProto(name="p"))
+    written = write_model(graph, tmp_path / "seen.onnx")
+    session = scoring_session(written.path, EXECUTION)
+    found, pooled = run(session, ["y", "p"], {"x": spread((3, 12, 6), 5)})
+    read = whole(plan, "layer", 1, pooled)
+    if target is ANY_TARGET:
+        total = matrix_product(folded(weight, ratios, scales, 127), read)
+        m, n = fixed_point((scales / sy).astype(np.float32))
+        stored = requantized(total, m, n, result.zero_points[0], levels)
+    else:
+        cuts = matrix_cuts(list((scales / sy).ravel()), 8)
+        values = np.array([s.value for s in cuts.scales])[:, None]
+        total = matrix_product(folded(weight, ratios / sy, values, 127, "half_away"), read)
+        m, n = (np.reshape([getattr(s, p) for s in cuts.scales], (-1, 1)) for p in "mn")
+        stored = cut_product(total, None, (m, n, cuts.shift), levels)
+    assert np.array_equal(found, result.dequantize(stored.astype(np.int32)))
+    assert "layer" in integer_graph(frozen, plan).schemes
 
 
 def test_groups_of_a_transposed_convolution_share_their_scales(tmp_path: Path) -> None:
