@@ -54,7 +54,8 @@ class CandidateTable:
 
     def other_method(self) -> tuple[str, dict[str, LayerChoice]] | None:
         """The plain plan with one threshold method in all layers that take it, the least harmful
-        beside its own: its name, and the plan. None where layers have no other method."""
+        beside its own: its name, and the plan. None where layers have no other method, or none that
+        finds other ranges: what harms every group exactly as the plain plan does is that plan."""
         plain, options = self._problem.plain, self._problem.options
         found: dict[str, dict[str, LayerChoice]] = {}
         for name, known in options.items():
@@ -63,6 +64,8 @@ class CandidateTable:
                 if choice != plain[name] and choice == replace(plain[name], saturation=method):
                     found.setdefault(method, {})[name] = choice
         plans = [(method, {**plain, **changed}) for method, changed in found.items()]
+        own = self.harms_of(plain)
+        plans = [(method, plan) for method, plan in plans if self.harms_of(plan) != own]
         return min(plans, key=lambda entry: sum(self.harms_of(entry[1])), default=None)
 
     def knapsack(self, weights: Sequence[float]) -> Knapsack:

@@ -396,6 +396,20 @@ def test_it_begins_with_the_best_there_is_the_best_at_no_more_cost_and_the_cheap
     assert sum(table.harms_of(free.choices)) < sum(table.harms_of(plain.choices))
 
 
+def test_a_method_that_finds_the_ranges_of_the_plain_plan_is_no_other_plan() -> None:
+    problem = problem_of(12, 3)
+    plain = set(problem.plain.values()).pop()
+    same = {
+        name: {
+            choice: known[plain] if choice.precision == plain.precision else error
+            for choice, error in known.items()
+        }
+        for name, known in problem.sensitivity.items()
+    }
+    assert CandidateTable(problem).other_method() is not None
+    assert CandidateTable(replace(problem, sensitivity=same)).other_method() is None
+
+
 @pytest.mark.parametrize("higher", [True, False])
 def test_beyond_a_plan_as_good_as_the_float_model_nothing_is_tried_while_less_may_do(
     higher: bool,
