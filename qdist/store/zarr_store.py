@@ -92,9 +92,14 @@ class ZarrStore:
             raise ValueError("the receipt is of another record")
         self._require_root()
         key = json_key(layout.RECEIPTS, receipt.id)
+        tap_set = self._new_tap_set(receipt)
         # In this order: a receipt is there whole or not at all, so one that is there and cannot be
         # read is damaged, while one that cannot be read may have come a moment later.
         if self.place.get(key) is not None:
+            # A receipt is read by its tap set, which is mended first.
+            self.place.put_in_order(tap_set)
+            self._tap_sets[receipt.tap_set] = receipt.tensors
+            tap_set = []
             if self._receipt(receipt.id) is not None:
                 return False
             self.place.delete(key)
@@ -102,7 +107,7 @@ class ZarrStore:
         written = sealed({"receipt": receipt.to_json(), "record": kept_in})
         try:
             is_first = self.place.put_in_order(
-                [*self._new_tap_set(receipt), (kept_in, packed), (key, written)], create_last=True
+                [*tap_set, (kept_in, packed), (key, written)], create_last=True
             )
         except StoreError as error:
             # Where no answer came, the receipt may yet be there, and it needs its record.

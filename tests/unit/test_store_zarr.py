@@ -174,6 +174,18 @@ def test_a_damaged_tap_set_hides_its_receipts_until_it_is_written_again(filled: 
     assert_same(open_store(store.location).read(receipts[0]), record_of(0))
 
 
+def test_a_shard_is_not_redone_because_its_tap_set_is_damaged(filled: Filled) -> None:
+    store, receipts = filled
+    (file,) = files_of(folder_of(store) / "tapsets")
+    whole = file.read_bytes()
+    for damage in (lambda: file.write_bytes(b"{"), file.unlink):
+        damage()
+        assert open_store(store.location).commit(receipts[0], record_of(0)) is False
+        assert file.read_bytes() == whole
+        kept = {receipt.kept_in for receipt in open_store(store.location).receipts()}
+        assert kept == {receipt.kept_in for receipt in receipts}
+
+
 @pytest.mark.parametrize("kept_in", ["", "records", "..", "records/..", "zarr.json", "OTHER"])
 def test_a_receipt_that_names_no_write_of_its_shard_deletes_nothing(
     filled: Filled, kept_in: str
