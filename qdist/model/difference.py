@@ -71,12 +71,9 @@ def rewriting_difference(
 ) -> float:
     """Relative L2 difference between a frozen model and another that is to have its outputs, on one
     input; 0 is bit-equal. Raises QD207 above `TOLERANCE` (`HALF_TOLERANCES`)."""
-    proto = frozen.proto()
-    names = [output.name for output in proto.graph.output]
-    expected = _outputs(frozen.graph_bytes, frozen, names, feeds, execution, budget_bytes)
-    found = _outputs(rewritten.graph_bytes, rewritten, names, feeds, execution, budget_bytes)
-    worst = max(_relative_l2(e, f) for e, f in zip(expected, found, strict=True))
-    tolerance = _tolerance(proto)
+    worst, tolerance = _compared(
+        frozen, (rewritten.graph_bytes, rewritten), feeds, execution, budget_bytes
+    )
     if not worst <= tolerance:
         raise ModelError(
             "QD207",
@@ -103,11 +100,7 @@ def opset_difference(
     if rewrite.opset_of(frozen.proto()) >= opset:
         return 0.0
     raised = raise_opset(frozen.proto(), opset).SerializeToString()
-    names = [output.name for output in frozen.proto().graph.output]
-    expected = _outputs(frozen.graph_bytes, frozen, names, feeds, execution, budget_bytes)
-    found = _outputs(raised, frozen, names, feeds, execution, budget_bytes)
-    worst = max(_relative_l2(e, f) for e, f in zip(expected, found, strict=True))
-    tolerance = _tolerance(frozen.proto())
+    worst, tolerance = _compared(frozen, (raised, frozen), feeds, execution, budget_bytes)
     if not worst <= tolerance:
         raise ModelError(
             "QD207",
@@ -117,6 +110,23 @@ def opset_difference(
             mend=f"export the model at opset {opset}",
         )
     return worst
+
+
+def _compared(
+    frozen: FrozenModel,
+    other: tuple[bytes, FrozenModel],
+    feeds: dict[str, NDArray[Any]],
+    execution: Execution,
+    budget_bytes: int | None,
+) -> tuple[float, float]:
+    """The largest relative L2 difference of an output between the frozen graph and another (its
+    bytes, and the model that holds its weights), and what is tolerated."""
+    proto = frozen.proto()
+    names = [output.name for output in proto.graph.output]
+    expected = _outputs(frozen.graph_bytes, frozen, names, feeds, execution, budget_bytes)
+    found = _outputs(*other, names, feeds, execution, budget_bytes)
+    worst = max(_relative_l2(e, f) for e, f in zip(expected, found, strict=True))
+    return worst, _tolerance(proto)
 
 
 def _outputs(

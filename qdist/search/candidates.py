@@ -8,6 +8,7 @@ harms are scaled to them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -63,10 +64,15 @@ class CandidateTable:
                 method = choice.saturation
                 if choice != plain[name] and choice == replace(plain[name], saturation=method):
                     found.setdefault(method, {})[name] = choice
-        plans = [(method, {**plain, **changed}) for method, changed in found.items()]
         own = self.harms_of(plain)
-        plans = [(method, plan) for method, plan in plans if self.harms_of(plan) != own]
-        return min(plans, key=lambda entry: sum(self.harms_of(entry[1])), default=None)
+        best: tuple[str, dict[str, LayerChoice]] | None = None
+        least = math.inf
+        for method, changed in found.items():
+            plan = {**plain, **changed}
+            harms = self.harms_of(plan)
+            if harms != own and sum(harms) < least:
+                best, least = (method, plan), sum(harms)
+        return best
 
     def knapsack(self, weights: Sequence[float]) -> Knapsack:
         """With a weight for the harms of each group."""
