@@ -8,7 +8,7 @@ paged counters, and from there on the tensor is counted by bin.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,6 +90,11 @@ class Accumulator:
         return int(self._state[index, sweep.NAN])
 
     @property
+    def has_nan(self) -> bool:
+        """Whether a NaN was counted in any tensor."""
+        return bool(self._state[:, sweep.NAN].any())
+
+    @property
     def n_bytes(self) -> int:
         """Bytes of the counters in use, those of groups included."""
         return self._counters.n_bytes + self._groups.n_bytes
@@ -113,19 +118,19 @@ class Accumulator:
         else:
             self._add_kept(index, values, np.asarray(keep, np.bool_), n_channels)
 
-    def add_all(self, arrays: Iterable[tuple[int, NDArray[Any]]]) -> None:
-        """As `add` for each pair of a place and a tensor, but in one compiled call for all those of
-        which the like was counted before: a call takes as long as some 20,000 elements do."""
-        alike: list[tuple[int, NDArray[Any]]] = []
-        for index, array in arrays:
+    def add_all(self, indices: Sequence[int], arrays: Sequence[NDArray[Any]]) -> None:
+        """As `add` for each index and its tensor, but in one compiled call for all those of which
+        the like was counted before: a call takes as long as some 20,000 elements do."""
+        alike: list[int] = []
+        places: list[int] = []
+        for index, array in zip(indices, arrays, strict=True):
             is_plain = array.dtype == np.float32 and array.flags.carray
             if is_plain and self._shapes[index] == array.shape:
-                alike.append((index, array))
+                alike.append(index)
+                places.append(array.__array_interface__["data"][0])
             else:
                 self.add(index, array)
-        rows = np.array([index for index, _ in alike], np.int64)
-        places = [array.__array_interface__["data"][0] for _, array in alike]
-        addresses = np.array(places, np.int64)
+        rows, addresses = np.array(alike, np.int64), np.array(places, np.int64)
         counters, done = self._counters, 0
         while done < rows.size:
             counters.reserve(max(2, min(rows.size - done, 8)) * ROW_SLOTS)

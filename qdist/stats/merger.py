@@ -21,27 +21,29 @@ class Merger:
     def __init__(self, tensors: Iterable[str]) -> None:
         self._tensors = tuple(tensors)
         self._rest = CalibrationRecord.empty(self._tensors)
-        # Of a single record, which needs no counters.
-        self._single: Entries | None = Entries.empty()
+        # A single record is its own merge, and needs no counters.
+        self._single: CalibrationRecord | None = self._rest
         self._counters = PagedCounters(len(self._tensors))
         self._n_added = 0
 
     def add(self, record: CalibrationRecord) -> None:
         """Merge one more. Raises `ValueError` as `CalibrationRecord.merge` does."""
-        self._rest = self._rest.merge(replace(record, histograms=Entries.empty()))
+        rest = self._rest.merge(replace(record, histograms=Entries.empty()))
         self._n_added += 1
         if self._n_added == 1:
-            self._single = record.histograms
+            self._rest, self._single = rest, record
             return
         if self._single is not None:
-            self._counters.add(self._single.keys, self._single.counts)
+            counted = self._single.histograms
+            self._counters.add(counted.keys, counted.counts)
             self._single = None
+        self._rest = rest
         self._counters.add(record.histograms.keys, record.histograms.counts)
 
     def record(self) -> CalibrationRecord:
         """The merge of all that was added so far."""
         if self._single is not None:
-            return replace(self._rest, histograms=self._single)
+            return self._single
         n_slots = len(self._tensors) * ROW_SLOTS
         return replace(self._rest, histograms=self._counters.entries(0, n_slots))
 

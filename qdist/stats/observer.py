@@ -217,16 +217,19 @@ class Observer:
     ) -> None:
         """Add the tapped tensors among those made. Empties ``made``."""
         padding = self._spec.padding
-        tapped = [(*rows[name], found) for name, found in made.items() if name in rows]
+        known = [name for name in made if name in rows]
+        places, arrays = [rows[name][0] for name in known], [made[name] for name in known]
         made.clear()
         if padding is None:
-            accumulator.add_all((row, found) for row, _, found in tapped)
+            accumulator.add_all(places, arrays)
         else:
-            for row, tensor, found in tapped:
+            for name, found in zip(known, arrays, strict=True):
+                row, tensor = rows[name]
                 values = as_float32(found)
                 accumulator.add(row, values, padding.kept(given, tensor, values.shape))
-        if self._spec.on_nan == "error":
-            for row, tensor, found in tapped:
+        if self._spec.on_nan == "error" and accumulator.has_nan:
+            for name, found in zip(known, arrays, strict=True):
+                row, tensor = rows[name]
                 if accumulator.n_nan(row):
                     raise _nan_error(tensor, as_float32(found), names, accumulator.n_nan(row))
 

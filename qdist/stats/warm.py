@@ -24,7 +24,7 @@ def warm() -> None:
         accumulator.add(0, values * np.float32(scale))
         accumulator.add(1, values * np.float32(scale))
         accumulator.add(2, np.sign(values))
-        accumulator.add_all([(0, values), (1, values)])
+        accumulator.add_all([0, 1], [values, values])
         accumulator.add_samples(1)
         records.append(accumulator.record())
     again = CalibrationRecord.from_arrays(_NAMES, 1, records[0].arrays())

@@ -113,6 +113,7 @@ def test_all_statistics_are_those_of_plain_numpy(
     assert_measured(record, {"x": parts}, spec, {} if axis is None else {"x": axis})
     nans = record.histogram("x").n_nan
     assert accumulator.n_nan(0) == nans
+    assert accumulator.has_nan == (nans > 0)
 
 
 FLUSHED = sweep.BLOCK * sweep.FLUSH_BLOCKS
@@ -228,12 +229,12 @@ def test_tensors_counted_in_one_call_are_those_counted_one_by_one(
         arrays = [wide[r] if (turn + r) % 5 == 4 else a for r, a in enumerate(arrays)]
         arrays = [np.asfortranarray(a) if (turn + r) % 7 == 6 else a for r, a in enumerate(arrays)]
         pairs = [*enumerate(arrays), (0, arrays[0])]
-        together.add_all(iter(pairs))
+        together.add_all([row for row, _ in pairs], [array for _, array in pairs])
         for row, array in pairs:
             single.add(row, array)
     assert together.record().digest == single.record().digest
     together.reset()
-    together.add_all(enumerate(arrays))
+    together.add_all(range(len(arrays)), arrays)
     single.reset()
     for row, array in enumerate(arrays):
         single.add(row, array)
