@@ -44,18 +44,22 @@ class ValueCounts:
         return self._table_of[row] != _OVERFLOWED
 
     def add(self, row: int, bits: NDArray[np.uint32]) -> int:
-        """Count a flat tensor by value; returns how many elements fit. 0 once it overflowed.
+        """Count a flat tensor by value; returns how many elements fit. 0 once it overflowed, and
+        where the row's first tensor has too many values, which is then to be counted anew.
 
         When it returns less than there are, call `spill`.
         """
         table = self._table_of[row]
         if table == _OVERFLOWED:
             return 0
-        if table == _NO_TABLE:
+        is_first = table == _NO_TABLE
+        if is_first:
             table = self._table_of[row] = self._new_table()
-        return sweep.count_values(
-            bits, table, self._keys, self._counts, self._n_distinct, self._limit
-        )
+        n = sweep.count_values(bits, table, self._keys, self._counts, self._n_distinct, self._limit)
+        if is_first and n < bits.size:
+            self._close(row)
+            return 0
+        return n
 
     def spill(
         self,
@@ -75,8 +79,12 @@ class ValueCounts:
         keys, counts = self._keys[table], self._counts[table]
         pages = counters.page_of, counters.pool, counters.used
         sweep.spill_values(keys, counts, row, states, tops, n_largest, *pages)
+        self._close(row)
+
+    def _close(self, row: int) -> None:
+        """Have no table for a row any more."""
+        self._free.append(self._table_of[row])
         self._table_of[row] = _OVERFLOWED
-        self._free.append(table)
 
     def _new_table(self) -> int:
         if not self._free:
