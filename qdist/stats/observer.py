@@ -26,8 +26,8 @@ from qdist.model.session import Execution, as_float32
 from qdist.model.spool import Spool
 from qdist.model.stretches import Runner, Stretches, Undivided
 from qdist.model.taps import TapTable
-from qdist.stats.accumulator import Accumulator
 from qdist.stats.record import CalibrationRecord
+from qdist.stats.side_by_side import SideBySide
 from qdist.stats.spec import StatisticsSpec
 
 NAN_POLICIES = ("error", "report")
@@ -117,7 +117,7 @@ class Observer:
         self._points = {point.tensor: point for point in spec.taps.points}
         self._is_whole = len(spec.segments) == 1
         self._kept = self._load(0) if self._is_whole else None
-        self._counting: Accumulator | None = None
+        self._counting: SideBySide | None = None
 
     def observe(self, batches: Sequence[Batch]) -> CalibrationRecord:
         """The record of one shard.
@@ -189,12 +189,18 @@ class Observer:
                 accumulator.add_samples(len(names))
         return accumulator.record()
 
-    def _accumulator(self, segment: Segment) -> Accumulator:
+    def _accumulator(self, segment: Segment) -> SideBySide:
         """An empty one. A single segment's is used again, with the memory that it has by then."""
         if self._counting is not None:
             self._counting.reset()
             return self._counting
-        new = Accumulator(segment.tensors, self._spec.statistics, self._spec.channel_axes)
+        spec = self._spec
+        new = SideBySide(
+            segment.tensors,
+            spec.statistics,
+            spec.channel_axes,
+            n_threads=spec.execution.n_threads,
+        )
         if self._is_whole:
             self._counting = new
         return new
@@ -209,7 +215,7 @@ class Observer:
 
     def _count(
         self,
-        accumulator: Accumulator,
+        accumulator: SideBySide,
         rows: Mapping[str, tuple[int, str]],
         made: dict[str, NDArray[Any]],
         given: Feeds,

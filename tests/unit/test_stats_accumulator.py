@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from qdist.stats import sweep
+from qdist.stats import side_by_side, sweep
 from qdist.stats.accumulator import Accumulator
 from qdist.stats.record import CalibrationRecord
+from qdist.stats.side_by_side import LEAST_ELEMENTS, SideBySide
 from qdist.stats.spec import GroupRequest, StatisticsSpec
 from tests.plain_statistics import SPECIAL_BITS, Batch, assert_measured
 
@@ -216,6 +217,7 @@ def test_tensors_counted_in_one_call_are_those_counted_one_by_one(
     )
     axes = None if axis is None else dict.fromkeys(names, axis)
     together, single = (Accumulator(names, spec, axes) for _ in range(2))
+    threads = SideBySide(names, spec, axes, n_threads=3)
     for turn in range(4):
         if turn == 2 and shape_varies:
             tensors = [((*shape, 2), kind) for shape, kind in tensors]
@@ -230,15 +232,48 @@ def test_tensors_counted_in_one_call_are_those_counted_one_by_one(
         arrays = [np.asfortranarray(a) if (turn + r) % 7 == 6 else a for r, a in enumerate(arrays)]
         pairs = [*enumerate(arrays), (0, arrays[0])]
         together.add_all([row for row, _ in pairs], [array for _, array in pairs])
+        with pytest.MonkeyPatch.context() as patch:
+            # So few elements would all be counted in one thread.
+            patch.setattr(side_by_side, "LEAST_ELEMENTS", 0)
+            threads.add_all([row for row, _ in pairs], [array for _, array in pairs])
         for row, array in pairs:
             single.add(row, array)
-    assert together.record().digest == single.record().digest
-    together.reset()
-    together.add_all(range(len(arrays)), arrays)
+        for counting in (together, threads, single):
+            counting.add_samples(2)
+    assert together.record().digest == single.record().digest == threads.record().digest
+    assert threads.has_nan == single.has_nan
+    assert all(threads.n_nan(row) == single.n_nan(row) for row in range(len(names)))
+    for counting in (together, threads):
+        counting.reset()
+        counting.add_all(range(len(arrays)), arrays)
     single.reset()
     for row, array in enumerate(arrays):
         single.add(row, array)
-    assert together.record().digest == single.record().digest
+    assert together.record().digest == single.record().digest == threads.record().digest
+
+
+def test_threads_count_large_tensors_as_one_does() -> None:
+    rng = np.random.default_rng(7)
+    sizes = (3 * LEAST_ELEMENTS, 2 * LEAST_ELEMENTS, LEAST_ELEMENTS, 5)
+    arrays = [rng.normal(0, 1, (n // 8 + 1, 8)).astype(np.float32) for n in sizes]
+    names = [*(f"tensor{n}" for n in sizes), "never seen"]
+    threads = SideBySide(names, None, dict.fromkeys(names, -1), n_threads=2)
+    single = Accumulator(names, None, dict.fromkeys(names, -1))
+    keep = rng.random((len(arrays[0]), 1)) < 0.5
+    for _ in range(3):
+        threads.add_all(range(4), arrays)
+        threads.add(0, arrays[0], keep)
+        for row, array in enumerate(arrays):
+            single.add(row, array)
+        single.add(0, arrays[0], keep)
+    assert threads.record().digest == single.record().digest
+
+
+def test_what_one_thread_raises_is_raised() -> None:
+    threads = SideBySide(("a", "b"), None, {}, n_threads=2)
+    words: NDArray[Any] = np.full((LEAST_ELEMENTS, 1), "word")
+    with pytest.raises(ValueError, match="word"):
+        threads.add_all([0, 1], [words, np.zeros((2 * LEAST_ELEMENTS, 1), np.float32)])
 
 
 def test_reset_forgets_everything_and_a_record_stays_as_it_was() -> None:
