@@ -49,12 +49,12 @@ def options_of(
     (scales of weights where it has none) is not varied, and what the target refuses left out.
     ``can_split_bias``: whether the layer is a convolution that can have its bias split off."""
     found = {plain: None}
-    splits = can_split_bias and settings.split_bias and target.split_bias
     for choice in _products(layer, plain, settings):
         if choice not in found and _fits(choice, layer, index, target, settings):
             found[choice] = None
-            if splits and choice.precision == "int16":
-                found[replace(choice, split_bias=True)] = None
+    if can_split_bias and settings.split_bias and target.split_bias:
+        wide = [choice for choice in found if choice.precision == "int16"]
+        found |= {replace(choice, split_bias=True): None for choice in wide}
     return tuple(found)
 
 

@@ -451,6 +451,12 @@ def test_options_and_costs_of_a_split(tmp_path: Path) -> None:
     }
     assert splits == {"layer": [SPLIT], "sigmoid": [], "bare": []}
     BUYI.project(planner.plan({**plain, "layer": SPLIT}))
+    narrow = {name: replace(INT16, activation_range_bits=9) for name in plain}
+    assert build_problem(planner, BUYI, narrow, space).options["layer"][0] == narrow["layer"]
+    assert (
+        replace(narrow["layer"], split_bias=True)
+        in (build_problem(planner, BUYI, narrow, space).options["layer"])
+    )
     for target, how in ((replace(BUYI, split_bias=False), space), (BUYI, SpaceSettings())):
         options = build_problem(planner, target, plain, how).options["layer"]
         assert not any(option.split_bias for option in options)
