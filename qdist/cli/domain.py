@@ -38,6 +38,7 @@ from qdist.search.greedy import GreedySettings
 from qdist.search.latency import LatencyTable, read_latency_table
 from qdist.search.settings import SearchSettings
 from qdist.search.space import SpaceSettings
+from qdist.search.vendors import icraft_settings
 from qdist.stats.spec import GroupRequest, StatisticsSpec
 from qdist.store.location import is_url
 from qdist.threshold.convergence import Convergence
@@ -234,6 +235,7 @@ def target(config: schema.TargetConfig) -> Target:
         scale_grid=config.scale_grid,
         rounding=config.rounding,
         table_bits=config.table_bits,
+        split_bias=config.split_bias,
     )
 
 
@@ -367,7 +369,7 @@ def space(
     config: schema.SearchConfig, base: str, target: Target, opset_refusal: str | None
 ) -> SpaceSettings:
     """What layers may become. ``opset_refusal``: why the model cannot have the opset of 4- and
-    16-bit layers. Raises QD501, QD506, QD507."""
+    16-bit layers. Raises QD501, QD506, QD507, and for Icraft's search what its options raise."""
     wanted = tuple(config.precisions) or tuple(
         name for name in (base, config.low, config.high) if name is not None
     )
@@ -388,6 +390,7 @@ def space(
         weight_range_bits=tuple(config.weight_range_bits),
         activation_range_bits=tuple(config.activation_range_bits),
         max_opset=None if opset_refusal is None else HIGH_OPSET - 1,
+        split_bias=config.strategy == "icraft" and icraft_settings(config.options).splits_bias,
     )
 
 

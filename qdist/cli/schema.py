@@ -136,6 +136,7 @@ class RuleConfig(Group):
     threshold: float | None = Field(None, gt=0)
     bounds: list[float] | None = None
     table_bits: int | None = None
+    split_bias: bool | None = None
 
 
 class MixConfig(Group):
@@ -275,6 +276,9 @@ class TargetConfig(Group):
         ge=8,
         le=12,
         description="functions of 16-bit tensors are tables of 2^N entries (target-exact mode)",
+    )
+    split_bias: bool = Field(
+        False, description="allow the bias of an int16 convolution as an Add of its own"
     )
 
 

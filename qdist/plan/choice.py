@@ -39,7 +39,8 @@ class LayerChoice:
     activations, once found. ``threshold``: their largest magnitude, in place of what would be
     found. What rules say about a tensor goes before either. ``table_bits``: length of the layer's
     table, ``2**table_bits`` intervals, where it has one and 16-bit activations (Knight's
-    ``lut-len``); None: the target's.
+    ``lut-len``); None: the target's. ``split_bias``: the bias of an int16 convolution is added by
+    an Add of its own (Icraft's Buyi). It means nothing beside a floating-point precision.
     """
 
     precision: str = "int8"
@@ -52,6 +53,7 @@ class LayerChoice:
     th_scale: float = 1.0
     threshold: float | None = None
     table_bits: int | None = None
+    split_bias: bool = False
 
     def __post_init__(self) -> None:
         bits = precision(self.precision)
@@ -81,6 +83,8 @@ class LayerChoice:
         if self.table_bits is not None and self.table_bits not in TABLE_BITS:
             known = ", ".join(map(str, TABLE_BITS))
             raise _refused("table_bits", repr(self.table_bits), f"one of {known}")
+        if self.split_bias and self.precision != "int16" and not _is_floating(bits):
+            raise _refused("split_bias", f"true with {self.precision}", "precision int16")
         for key, number in (("th_scale", self.th_scale), ("threshold", self.threshold)):
             if number is not None and not (0 < number < math.inf):
                 raise PlanError(
@@ -95,6 +99,11 @@ class LayerChoice:
     def bits(self) -> Precision:
         """The precision itself."""
         return precision(self.precision)
+
+    @property
+    def splits_bias(self) -> bool:
+        """Whether the bias becomes an Add of its own."""
+        return self.split_bias and not _is_floating(self.bits)
 
     @property
     def weight_grain(self) -> Granularity:
@@ -123,8 +132,13 @@ class LayerChoice:
         return resolve(self.weight_saturation)[1]
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON object."""
-        return asdict(self)
+        """As a JSON object. What few layers have is left out where it is absent."""
+        found = asdict(self)
+        return found if self.split_bias else {k: v for k, v in found.items() if k != "split_bias"}
+
+
+def _is_floating(bits: Precision) -> bool:
+    return bits.is_float or bits.rounds is not None
 
 
 def _has_token_scales(bits: Precision) -> bool:

@@ -115,6 +115,7 @@ def _layer(name: str, a: LayerPlan | None, b: LayerPlan | None) -> Iterator[Chan
         yield Change(layer=name, what="why", before=a.why, after=b.why)
     yield from _entries(name, a.activations, b.activations)
     yield from _entries(name, a.weights, b.weights)
+    yield from _entries(name, *(x.bias_add.entries if x.bias_add else () for x in (a, b)))
     if a.is_quantized and b.is_quantized and a.left_float != b.left_float:
         before, after = (", ".join(layer.left_float) or "none" for layer in (a, b))
         yield Change(layer=name, what="stays float", before=before, after=after)

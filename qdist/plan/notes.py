@@ -19,7 +19,12 @@ def plan_notes(
 ) -> tuple[str, ...]:
     """The notes of the layers of one plan. ``consumers``: measured tensor -> the layers that the
     method ``auto`` judged its range by."""
-    return (*_method_notes(layers), *_auto_notes(layers, taps, consumers), *_fusion_notes(layers))
+    return (
+        *_method_notes(layers),
+        *_auto_notes(layers, taps, consumers),
+        *_fusion_notes(layers),
+        *_bias_notes(layers),
+    )
 
 
 def smoothing_notes(smoothing: Smoothing | None) -> tuple[str, ...]:
@@ -146,4 +151,22 @@ def _fusion_notes(layers: Sequence[LayerPlan]) -> list[str]:
         host = by_name.get(layer.fused_with or "")
         if host is not None and layer.why.startswith("rule ") and layer.choice != host.choice:
             notes.append(f"{layer.why} has no effect on {layer.name}: computed with {host.name}")
+    return notes
+
+
+def _bias_notes(layers: Sequence[LayerPlan]) -> list[str]:
+    """Biases that are Adds of their own, and those that were to be."""
+    split = [layer.name for layer in layers if layer.bias_add is not None]
+    idle = [
+        layer.name
+        for layer in layers
+        if layer.choice.split_bias and layer.bias_add is None and layer.fused_with is None
+    ]
+    notes = []
+    if split:
+        shown = ", ".join(split[:3]) + (", ..." if len(split) > 3 else "")
+        notes.append(f"the bias is an Add of its own in {len(split)} layers: {shown}")
+    if idle:
+        shown = ", ".join(idle[:3]) + (", ..." if len(idle) > 3 else "")
+        notes.append(f"split_bias means nothing to {len(idle)} layers without int16: {shown}")
     return notes

@@ -69,6 +69,42 @@ class QuantizedInput:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BiasAdd:
+    """The Add that the bias of a convolution becomes.
+
+    ``result``: how the convolution's result is stored before the bias is added, under a name that
+    no tensor of the model has. ``bias``: the constant, input 2 of the convolution. ``shape``: of
+    the constant as the Add reads it, ``[channels, 1, ...]``.
+    """
+
+    result: QuantizedInput
+    bias: QuantizedInput
+    shape: tuple[int, ...]
+
+    @property
+    def entries(self) -> tuple[QuantizedInput, QuantizedInput]:
+        """Both inputs of the Add."""
+        return self.result, self.bias
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {
+            "result": self.result.to_json(),
+            "bias": self.bias.to_json(),
+            "shape": list(self.shape),
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> BiasAdd:
+        """From `to_json`."""
+        return cls(
+            result=QuantizedInput.from_json(value["result"]),
+            bias=QuantizedInput.from_json(value["bias"]),
+            shape=tuple(value["shape"]),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerPlan:
     """One layer: what was chosen, the numbers, and why an input stays float.
 
@@ -78,7 +114,9 @@ class LayerPlan:
     with this one. Floating-point types round there; integer targets requantize there.
     ``is_depthwise``: a convolution of every channel by itself. ``bias_bounds``: the largest
     magnitude that is added to each output channel (or one for all), biases of layers that are
-    computed together with this one included; empty for none that is constant.
+    computed together with this one included; empty for none that is constant. ``bias_add``: the Add
+    that its bias is, where that is split off (`LayerChoice.split_bias`); ``outputs`` are then what
+    the Add gives.
     """
 
     name: str
@@ -92,6 +130,7 @@ class LayerPlan:
     outputs: tuple[QuantizedInput, ...] = ()
     is_depthwise: bool = False
     bias_bounds: tuple[float, ...] = ()
+    bias_add: BiasAdd | None = None
 
     @property
     def is_quantized(self) -> bool:
@@ -112,6 +151,7 @@ class LayerPlan:
             "outputs": [entry.to_json() for entry in self.outputs],
             "is_depthwise": self.is_depthwise,
             "bias_bounds": list(self.bias_bounds),
+            **({} if self.bias_add is None else {"bias_add": self.bias_add.to_json()}),
         }
 
     @classmethod
@@ -129,6 +169,7 @@ class LayerPlan:
             outputs=tuple(QuantizedInput.from_json(v) for v in value.get("outputs", ())),
             is_depthwise=bool(value.get("is_depthwise", False)),
             bias_bounds=tuple(value.get("bias_bounds", ())),
+            bias_add=BiasAdd.from_json(value["bias_add"]) if "bias_add" in value else None,
         )
 
 
@@ -176,7 +217,7 @@ class QuantizationPlan:
         tensors = {
             (entry.tensor, entry.quantizer.key)
             for layer in self.layers
-            for entry in layer.activations
+            for entry in (*layer.activations, *((layer.bias_add.result,) if layer.bias_add else ()))
         }
         return Coverage(n_compute=len(compute), n_quantized=both, n_activations=len(tensors))
 

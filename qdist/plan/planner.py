@@ -18,6 +18,7 @@ from qdist.model.layers import VIEWS, Layer, LayerInput
 from qdist.model.taps import TapTable
 from qdist.plan.activation_quantizers import ActivationQuantizers
 from qdist.plan.activation_range import ActivationRanges
+from qdist.plan.bias_adds import BiasAdds
 from qdist.plan.biases import find_bias_bounds
 from qdist.plan.choice import LayerChoice
 from qdist.plan.granularity import MATRIX_PRODUCTS
@@ -70,6 +71,7 @@ class Planner:
         self._bias_bounds = find_bias_bounds(graph, self.layers, self.fused)
         self._activations = ActivationQuantizers(graph, taps, self._ranges, self._rules)
         self._weights = WeightQuantizers(graph, self._rules)
+        self._bias_adds = self._found_bias_adds()
 
     def with_rules(
         self, tensors: Mapping[str, TensorSettings], why: Mapping[str, str] | None = None
@@ -82,6 +84,7 @@ class Planner:
             # Ranges depend on nothing else that differs.
             other._ranges = self._ranges
             other._activations, other._weights = self._activations, self._weights
+            other._bias_adds = self._bias_adds
         return other
 
     @property
@@ -102,7 +105,7 @@ class Planner:
         """The plan for one choice per layer name.
 
         Raises QD406 when a row was not measured, QD209 when no layer can be quantized though the
-        choices ask for it.
+        choices ask for it, QD507 for a bias that cannot be split off.
         """
         known = {**self.settings.why, **(why or {})}
         layers = tuple(
@@ -128,6 +131,10 @@ class Planner:
     def check_rules(self, rules: Iterable[Rule]) -> None:
         """Raise QD503 for a rule without effect, see `qdist.plan.idle_rules`."""
         check_rules(rules, self.index, self.taps)
+
+    def can_split_bias(self, layer: Layer) -> bool:
+        """Whether the layer's bias may become an Add of its own."""
+        return self._bias_adds.obstacle(layer) is None
 
     def densities(self, plan: QuantizationPlan) -> dict[str, Density]:
         """The measured values of every activation that the plan quantizes, by its name."""
@@ -167,6 +174,7 @@ class Planner:
                 provenance=self._provenance(entry.tensor, is_weight=is_weight),
             )
             (weights if is_weight else activations).append(kept)
+        splits = choice.splits_bias and bool(activations or weights)
         return LayerPlan(
             name=layer.name,
             op_type=layer.op_type,
@@ -178,7 +186,19 @@ class Planner:
             fused_with=self.fused.get(layer.name),
             outputs=self._outputs(layer, choice) if activations or weights else (),
             is_depthwise=self._is_depthwise(layer),
-            bias_bounds=self._bias_bounds.get(layer.name, ()),
+            bias_bounds=() if splits else self._bias_bounds.get(layer.name, ()),
+            bias_add=self._bias_adds.of(layer, choice) if splits else None,
+        )
+
+    def _found_bias_adds(self) -> BiasAdds:
+        return BiasAdds(
+            self.graph,
+            self.taps,
+            self._ranges,
+            self._weights,
+            layers=self.layers,
+            fused=self.fused,
+            symmetric=self.settings.symmetric,
         )
 
     def _quantizer(

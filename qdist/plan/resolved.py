@@ -25,6 +25,7 @@ def _layer(layer: LayerPlan) -> dict[str, Any]:
         # Of a layer that stays float, the precision that it was to have changes nothing.
         "precision": layer.choice.precision if layer.is_quantized else "float32",
         "fused_with": layer.fused_with,
+        **({} if layer.bias_add is None else {"bias_add": [*map(_input, layer.bias_add.entries)]}),
         **{
             kind: [_input(entry) for entry in entries]
             for kind, entries in (

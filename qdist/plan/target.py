@@ -15,7 +15,7 @@ from qdist.numbers.grid import LEAST_SCALE, FloatGrid, PowerOfTwoGrid, ScaleGrid
 from qdist.numbers.rounding import ROUNDINGS
 from qdist.numbers.table import TABLE_OPERATORS
 from qdist.plan.passing_on import passed_on
-from qdist.plan.plan import LayerPlan, QuantizationPlan, QuantizedInput
+from qdist.plan.plan import BiasAdd, LayerPlan, QuantizationPlan, QuantizedInput
 from qdist.plan.quantizer import BlockScales, Quantizer
 
 CUT_GRID = "m*2^-n"
@@ -44,7 +44,7 @@ class Target:
     split into the cuts of `qdist.numbers.cuts`. ``rounding``: of weights, ``half_even`` or
     ``half_away``. ``table_bits``: functions of 16-bit tensors are tables of ``2**table_bits``
     intervals (target-exact mode alone) unless a layer's choice says another length; None: no
-    tables.
+    tables. ``split_bias``: whether a convolution's bias may be an Add of its own.
     """
 
     name: str
@@ -59,6 +59,7 @@ class Target:
     scale_grid: str = "float"
     rounding: str = "half_even"
     table_bits: int | None = None
+    split_bias: bool = False
 
     def __post_init__(self) -> None:
         if self.scale_grid not in SCALE_GRIDS:
@@ -96,6 +97,8 @@ class Target:
         if layer.choice.table_bits is not None and self.table_bits is None:
             got = f"table_bits {layer.choice.table_bits}"
             raise self._refusal(layer, got, "no table_bits: the target has no tables")
+        if layer.bias_add is not None and not self.split_bias:
+            raise self._refusal(layer, "split_bias", "the bias in the convolution")
         for entry in layer.weights:
             self._check_weight(layer, entry.quantizer)
         for entry in (*layer.activations, *layer.outputs):
@@ -105,6 +108,16 @@ class Target:
             activations=tuple(self._input(layer, entry, notes) for entry in layer.activations),
             weights=tuple(self._rounded(self._input(layer, e, notes)) for e in layer.weights),
             outputs=tuple(self._input(layer, entry, []) for entry in layer.outputs),
+            bias_add=None if layer.bias_add is None else self._bias_add(layer, layer.bias_add),
+        )
+
+    def _bias_add(self, layer: LayerPlan, add: BiasAdd) -> BiasAdd:
+        self._check_activation(layer, add.result)
+        self._check_weight(layer, add.bias.quantizer)
+        return replace(
+            add,
+            result=self._input(layer, add.result, []),
+            bias=self._rounded(self._input(layer, add.bias, [])),
         )
 
     def _check_weight(self, layer: LayerPlan, quantizer: Quantizer) -> None:
@@ -204,10 +217,12 @@ def _cut(layer: LayerPlan, notes: list[str]) -> LayerPlan:
     Products of two activations have no weight to adjust: their cut is snapped where it is made
     (`qdist.simulate.integers`). So is that of a layer whose output nobody has measured.
     """
-    is_one = len(layer.weights) == len(layer.activations) == len(layer.outputs) == 1
+    # What is multiplied and summed is stored before a bias that is split off is added.
+    results = (layer.bias_add.result,) if layer.bias_add is not None else layer.outputs
+    is_one = len(layer.weights) == len(layer.activations) == len(results) == 1
     if not is_one or layer.weights[0].quantizer.is_float or layer.op_type not in _CUT_OPERATORS:
         return layer
-    (entry,), (source,), (result,) = layer.weights, layer.activations, layer.outputs
+    (entry,), (source,), (result,) = layer.weights, layer.activations, results
     if source.quantizer.axis is not None or result.quantizer.axis is not None:
         return layer
     ratio = source.quantizer.scales[0] / result.quantizer.scales[0]

@@ -71,6 +71,21 @@ class WeightQuantizers:
             found = fixed_weight(found, settings, where=f"weight {entry.tensor}")
         return unsigned(found, kind) if isinstance(kind, IntegerType) else found
 
+    def of_bias(self, tensor: str, choice: LayerChoice) -> Quantizer:
+        """The quantizer of a finite bias that is an Add's input: one scale, in as many bits as the
+        weights."""
+        kind = choice.bits.weight_type
+        if not isinstance(kind, IntegerType):
+            raise ValueError(f"precision {choice.precision} has no integer weights")
+        return weight_quantizer(
+            self._graph.weights.read(tensor).astype(np.float32),
+            weight_levels(kind.bits, choice.weight_range_bits),
+            kind.bits,
+            None,
+            choice.weight_method,
+            choice.weight_parameters,
+        )
+
     def _found(
         self, tensor: str, kind: DType, axis: int | None, along: int | None, choice: LayerChoice
     ) -> Quantizer | str:

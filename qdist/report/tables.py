@@ -19,7 +19,7 @@ from rich.text import Text
 from qdist.errors import ArtifactError
 from qdist.evaluate.compare import LayerComparison
 from qdist.model.loading import load_model
-from qdist.plan.difference import compare_plans, moved_text
+from qdist.plan.difference import compare_plans, moved_text, range_text
 from qdist.plan.plan import LayerPlan, QuantizationPlan
 from qdist.plan.quantizer import Quantizer
 from qdist.report import text
@@ -246,6 +246,10 @@ def _about(layer: LayerPlan) -> list[str]:
     for entry in layer.weights:
         quantizer = entry.quantizer
         lines.append(f"weights {quantizer.dtype} {quantizer.grain}, {quantizer.method}")
+    if layer.bias_add is not None:
+        result, bias = (entry.quantizer for entry in layer.bias_add.entries)
+        lines.append(f"bias {bias.dtype} added apart, {bias.method}")
+        lines.append(f"before it {result.dtype}, {range_text(result)}")
     if layer.why and layer.why != "default":
         lines.append(layer.why)
     ruled = (entry for entry in (*layer.activations, *layer.weights) if entry.provenance.rule)

@@ -12,6 +12,7 @@ from qdist.model.graph import Graph
 from qdist.model.groups import LayerGroup, find_groups, merged
 from qdist.model.layers import Layer
 from qdist.numbers.dtype import DTYPES
+from qdist.plan.bias_adds import BIAS
 from qdist.plan.choice import LayerChoice
 from qdist.plan.dialects.knight_rules import closure
 from qdist.plan.layer_index import LayerIndex
@@ -29,6 +30,7 @@ from qdist.search.latency import LatencyTable, missing_latency
 from qdist.search.problem import SearchLayer, SearchProblem
 from qdist.search.space import SpaceSettings, options_of
 from qdist.search.trial import Choices
+from qdist.simulate.split_bias import SUFFIX
 
 GROUPINGS = ("none", "groups", "knight")
 
@@ -55,7 +57,15 @@ def build_problem(
     free = [layer for layer in index.choosable if layer.name not in pinned]
     names = [layer.name for layer in free]
     options = {
-        layer.name: options_of(layer, plain[layer.name], index, target, space) for layer in free
+        layer.name: options_of(
+            layer,
+            plain[layer.name],
+            index,
+            target,
+            space,
+            can_split_bias=space.split_bias and planner.can_split_bias(layer),
+        )
+        for layer in free
     }
     groups: tuple[LayerGroup, ...] = ()
     if together == "groups":
@@ -156,16 +166,32 @@ class _Costing:
 
     def _of(self, layer: Layer, choice: LayerChoice) -> float:
         multiplies = n_multiplies(self._graph, layer)
+        added = self._of_bias_add(layer, choice) if choice.splits_bias else 0.0
         if self._unit == "bytes":
             n = _n_weights(self._planner, layer)
-            return weight_bytes(choice, n, self._n_scales(layer, choice)) if n else 0.0
+            return weight_bytes(choice, n, self._n_scales(layer, choice)) + added if n else 0.0
         if self._unit == "bit_operations":
-            return bit_operations(choice, multiplies)
-        assert self._table is not None
+            return bit_operations(choice, multiplies) + added
         work = multiplies or _elements(self._graph, layer.outputs[0])
-        us = self._table.of_layer(layer.name, layer.op_type, choice.precision, work)
+        return self._microseconds(layer.name, layer.op_type, choice, work) + added
+
+    def _of_bias_add(self, layer: Layer, choice: LayerChoice) -> float:
+        """The Add that the layer's bias becomes: its constant and the scale of that; a
+        multiplication for each element, as Icraft's vector unit rescales what it adds; or the
+        table's Add."""
+        made = _elements(self._graph, layer.outputs[0])
+        if self._unit == "bytes":
+            bias = self._graph.nodes[layer.name].input[BIAS]
+            return weight_bytes(choice, int(np.prod(self._graph.weights.shape(bias))), 1)
+        if self._unit == "bit_operations":
+            return bit_operations(choice, made)
+        return self._microseconds(f"{layer.name}{SUFFIX}", "Add", choice, made)
+
+    def _microseconds(self, name: str, op_type: str, choice: LayerChoice, work: int) -> float:
+        assert self._table is not None
+        us = self._table.of_layer(name, op_type, choice.precision, work)
         if us is None:
-            raise missing_latency(self._table, layer.name, layer.op_type, choice.precision)
+            raise missing_latency(self._table, name, op_type, choice.precision)
         return us
 
     def _n_scales(self, layer: Layer, choice: LayerChoice) -> int:

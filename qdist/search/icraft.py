@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from qdist.errors import ConfigError
 from qdist.evaluate.compare import Deviation
 from qdist.plan.choice import LayerChoice
-from qdist.search.icraft_ladders import CHIPS, combinations, raised, rungs
+from qdist.search.icraft_ladders import CHIPS, SPLIT, combinations, raised, rung_of, rungs
 from qdist.search.icraft_measures import CONDITION_B, LEVELS, to_change, widened, worst_share
 from qdist.search.problem import SearchProblem
 from qdist.search.proposals import Proposals
@@ -73,6 +73,11 @@ class IcraftSettings:
         if self.threshold_level not in LEVELS or self.round_num < 1:
             raise ValueError("threshold_level must be 1, 2 or 3 and round_num at least 1")
 
+    @property
+    def splits_bias(self) -> bool:
+        """Whether the bias of an int16 convolution may be split off."""
+        return self.priority == "accuracy" and self.chip == "buyi"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Move:
@@ -99,7 +104,7 @@ class Icraft:
         self._group_of = {name: group for group in problem.groups for name in group}
         self._proposals = Proposals(problem, settings.round_num + 1)
         self._choices = dict(problem.plain)
-        self._used = {name: {problem.plain[name].precision} for name in self._order}
+        self._used = {name: {rung_of(problem.plain[name])} for name in self._order}
         self._in_place: Mapping[str, Deviation] = {}
         self._current: Trial | None = None
         self._step = 0
@@ -214,16 +219,18 @@ class Icraft:
             above = self._above(name)
             if name in done or above is None:
                 continue
-            for each in (name, *self._others(name)):
+            # A bias that is split off changes no number type, so nothing else has to follow.
+            others = self._others(name) if rung_of(above) != SPLIT else ()
+            for each in (name, *others):
                 options = self._problem.options[each]
                 chosen = (
                     above if each == name else raised(choices[each], options, [above.precision])
                 )
                 if chosen is not None:
                     choices[each] = chosen
-                    self._used[each].add(chosen.precision)
+                    self._used[each].add(rung_of(chosen))
                     self._tried[each] = set()
-                    done[each] = chosen.precision
+                    done[each] = rung_of(chosen)
         if not done:
             return None
         noun = "layer" if len(done) == 1 else "layers"
@@ -234,8 +241,14 @@ class Icraft:
         """What the layer gets when it is raised; None at the top of the ladder."""
         choice, settings = self._choices[name], self._settings
         used = self._used[name]
-        above = rungs(settings.chip, choice.precision, used, float_cal=settings.float_cal)
-        new = [precision for precision in above if precision not in used]
+        above = rungs(
+            settings.chip,
+            rung_of(choice),
+            used,
+            float_cal=settings.float_cal,
+            splits=settings.splits_bias,
+        )
+        new = [rung for rung in above if rung not in used]
         return raised(choice, self._problem.options[name], new)
 
     def _can_change(self, name: str) -> bool:

@@ -23,7 +23,8 @@ class SpaceSettings:
     """Values that are tried in place of the plain choice's own; empty: only that. ``precisions``,
     ``granularities`` (of weights), ``activation_granularities``, ``saturations``,
     ``weight_range_bits`` and ``activation_range_bits`` (None: all bits). ``max_opset``: what the
-    model can be raised to; None: anything."""
+    model can be raised to; None: anything. ``split_bias``: whether int16 convolutions may have
+    their bias split off too, where the target takes that."""
 
     precisions: tuple[str, ...] = ()
     granularities: tuple[str, ...] = ()
@@ -32,17 +33,28 @@ class SpaceSettings:
     weight_range_bits: tuple[int | None, ...] = ()
     activation_range_bits: tuple[int | None, ...] = ()
     max_opset: int | None = None
+    split_bias: bool = False
 
 
 def options_of(
-    layer: Layer, plain: LayerChoice, index: LayerIndex, target: Target, settings: SpaceSettings
+    layer: Layer,
+    plain: LayerChoice,
+    index: LayerIndex,
+    target: Target,
+    settings: SpaceSettings,
+    *,
+    can_split_bias: bool = False,
 ) -> tuple[LayerChoice, ...]:
     """The choices of one layer, the plain one first, each once. What changes nothing about a layer
-    (scales of weights where it has none) is not varied, and what the target refuses left out."""
+    (scales of weights where it has none) is not varied, and what the target refuses left out.
+    ``can_split_bias``: whether the layer is a convolution that can have its bias split off."""
     found = {plain: None}
     for choice in _products(layer, plain, settings):
         if choice not in found and _fits(choice, layer, index, target, settings):
             found[choice] = None
+    if can_split_bias and settings.split_bias and target.split_bias:
+        wide = [choice for choice in found if choice.precision == "int16"]
+        found |= {replace(choice, split_bias=True): None for choice in wide}
     return tuple(found)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qdist.errors import ConfigError
-from qdist.search.icraft import Icraft, Target
+from qdist.search.icraft import Icraft, IcraftSettings, Target
 from qdist.search.icraft_config import TARGETS, from_table, read
 from qdist.search.icraft_ladders import CHIPS
 from qdist.search.knight import KnightSettings, Sweep
@@ -29,25 +29,30 @@ def icraft(problem: SearchProblem, settings: SearchSettings) -> Strategy:
     score, and with neither there is none. There are no more than ``search.max_trials`` trials.
     Raises QD104, QD107 and as `icraft_config.read`.
     """
-    options = dict(settings.options)
-    chip = options.pop("chip", "buyi")
-    if chip not in CHIPS:
-        raise _refuse("QD104", f"{_WHERE}.chip", repr(chip), " or ".join(CHIPS))
     if settings.max_trials < 2:
         raise _refuse("QD104", "search.max_trials", "1", "at least 2: the plain plan and a round")
-    if "config" in options:
-        path = Path(str(options.pop("config"))).expanduser()
-        if options:
-            raise _refuse("QD107", _WHERE, f"{', '.join(options)} beside config", "one of the two")
-        found = read(path, chip).settings
-    else:
-        found = from_table(options, _WHERE, chip).settings
-        if not set(options) & set(TARGETS):
-            goal = settings.target
-            target = None if goal is None else Target(measure="score", value=goal)
-            found = replace(found, target=target)
+    found = icraft_settings(settings.options)
+    if "config" not in settings.options and not set(settings.options) & set(TARGETS):
+        goal = settings.target
+        target = None if goal is None else Target(measure="score", value=goal)
+        found = replace(found, target=target)
     n_rounds = min(found.round_num, settings.max_trials - 1)
     return Icraft(problem, replace(found, round_num=n_rounds))
+
+
+def icraft_settings(options: Mapping[str, Any]) -> IcraftSettings:
+    """What the options of Icraft's search come to. Raises QD104, QD107 and as
+    `icraft_config.read`."""
+    left = dict(options)
+    chip = left.pop("chip", "buyi")
+    if chip not in CHIPS:
+        raise _refuse("QD104", f"{_WHERE}.chip", repr(chip), " or ".join(CHIPS))
+    if "config" not in left:
+        return from_table(left, _WHERE, chip).settings
+    path = Path(str(left.pop("config"))).expanduser()
+    if left:
+        raise _refuse("QD107", _WHERE, f"{', '.join(left)} beside config", "one of the two")
+    return read(path, chip).settings
 
 
 def smart_search(problem: SearchProblem, settings: SearchSettings) -> Strategy:

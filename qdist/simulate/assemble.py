@@ -22,6 +22,7 @@ from qdist.plan.plan import LayerPlan
 from qdist.plan.quantizer import Quantizer
 from qdist.plan.target import ProjectedPlan
 from qdist.simulate.pairs import IntegerWeight, Pairs
+from qdist.simulate.split_bias import with_bias_apart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +59,9 @@ def assemble(frozen: FrozenModel, projected: ProjectedPlan) -> QuantizedGraph:
             nodes.extend(pair_nodes(node, held.without(layer), pairs, placed))
         own = results.get(node.name, {})
         held.note(node, own)
-        after = round_results(node, own, pairs)
-        nodes.extend((node, *after))
+        made = with_bias_apart(node, layer, pairs, placed)
+        after = round_results(made[-1], own, pairs)
+        nodes.extend((*made, *after))
     if by_name:
         raise _unknown_layers(frozen, list(by_name))
     proto.producer_name = "qdist"

@@ -18,7 +18,7 @@ to ``s_x * s_w / s_y``, rounded once, half to even, with a bias in the accumulat
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +35,7 @@ from qdist.numbers.cuts import (
 )
 from qdist.numbers.rounding import round_integer
 from qdist.numbers.table import FUNCTIONS
-from qdist.plan.plan import LayerPlan
+from qdist.plan.plan import BiasAdd, LayerPlan
 from qdist.plan.quantizer import Quantizer
 from qdist.plan.target import ProjectedPlan
 from qdist.simulate.assemble import (
@@ -63,6 +63,7 @@ from qdist.simulate.rows import (
     normalized_wires,
     softmax_wires,
 )
+from qdist.simulate.split_bias import with_bias_apart, without_bias
 from qdist.simulate.tables import looked_up, table_of
 from qdist.simulate.wires import FLOAT, Wires
 
@@ -137,8 +138,12 @@ class _Builder:
             if layer is not None and layer.is_quantized:
                 nodes.extend(pair_nodes(node, layer, self._pairs, placed))
             bias = self._biases.get(node.name)
-            for part in (node,) if bias is None else (node, bias):
-                after = round_results(part, results.get(part.name, {}), self._pairs)
+            apart = layer if layer is not None and layer.is_quantized else None
+            *before, last = with_bias_apart(node, apart, self._pairs, placed)
+            nodes.extend(before)
+            parts = [(last, node.name), *([] if bias is None else [(bias, bias.name)])]
+            for part, name in parts:
+                after = round_results(part, results.get(name, {}), self._pairs)
                 nodes.extend((part, *after))
         self._proto.producer_name = "qdist"
         return IntegerGraph(
@@ -179,6 +184,8 @@ class _Builder:
             self._function(node, layer, wires, target)
         elif node.op_type in SUMS:
             self._sum(node, layer, wires, target)
+        elif layer.bias_add is not None:
+            self._product_and_bias(node, layer, layer.bias_add, wires)
         else:
             self._product(node, layer, wires, target)
         return wires.nodes
@@ -218,6 +225,22 @@ class _Builder:
         multipliers = np.asarray(scales / output.scales[0], np.float32).astype(np.float64)
         whole = wires.requantized(total, multipliers, output, "half_even")
         wires.stored(whole, output, target)
+
+    def _product_and_bias(
+        self, node: NodeProto, layer: LayerPlan, add: BiasAdd, wires: Wires
+    ) -> None:
+        """A convolution whose result is stored, and the bias added to that."""
+        before = self._pairs.free(add.result.tensor)
+        bare = replace(layer, outputs=(add.result,), bias_add=None)
+        self._product(without_bias(node, before), bare, wires, before)
+        stored, constant = (entry.quantizer for entry in add.entries)
+        output = layer.outputs[0].quantizer
+        operands = (
+            wires.integers(before, stored, self._target.rounding),
+            wires.wide(wires.weight(add.bias.tensor, constant, add.shape)),
+        )
+        ratios = [np.asarray(q.scales[0] / output.scales[0]) for q in (stored, constant)]
+        self._added("Add", operands, ratios, output, wires, node.output[0])
 
     def _scales(self, node: NodeProto, layer: LayerPlan) -> NDArray[np.float64]:
         """The scale of the accumulators of weights as they are, shaped to broadcast with them."""
@@ -431,22 +454,33 @@ class _Builder:
             shaped_scales(quantizers[i], rank) / output.scales[0]
             for i, rank in enumerate(self._facts.ranks(node))
         ]
-        operands = list(self._factors(node, layer, wires))
+        self._schemes[layer.name] = "cuts" if self._facts.is_cut else "sum"
+        operands = self._factors(node, layer, wires)
+        self._added(node.op_type, operands, ratios, output, wires, target)
+
+    def _added(
+        self,
+        op_type: str,
+        operands: tuple[str, str],
+        ratios: list[NDArray[np.float64]],
+        output: Quantizer,
+        wires: Wires,
+        target: str,
+    ) -> None:
+        """The sum or difference of whole numbers. ``ratios``: of their scales to the output's."""
         if self._facts.is_cut:
-            self._schemes[layer.name] = "cuts"
             grid, largest = vector_grid(output.bits), np.maximum(*ratios)
             snapped = [grid.snap(float(ratio) / output.high).value for ratio in largest.ravel()]
             multiplier = np.asarray(snapped).reshape(largest.shape)
             factors = [np.trunc(ratio / multiplier + 0.5) for ratio in ratios]
             rounding = "half_away"
         else:
-            self._schemes[layer.name] = "sum"
             factors = [np.asarray(ratio, np.float32).astype(np.float64) for ratio in ratios]
             multiplier, rounding = np.asarray(1.0), "half_even"
         terms = [
             wires.add("Mul", x, wires.constant(f)) for x, f in zip(operands, factors, strict=True)
         ]
-        total = wires.add(node.op_type, *terms)
+        total = wires.add(op_type, *terms)
         whole = wires.requantized(total, multiplier, output, rounding)
         wires.stored(whole, output, target)
 

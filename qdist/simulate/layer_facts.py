@@ -70,7 +70,7 @@ class LayerFacts:
         reason = no_ratios(node, layer, self.weight_shape(layer), self.ranks(node))
         if reason is not None:
             return reason
-        if node.op_type in SUMS or node.op_type == "Mul":
+        if node.op_type in SUMS or node.op_type == "Mul" or layer.bias_add is not None:
             return None if layer.outputs else "its output was not measured"
         if not all(name in self._weights for name in self.bias_names(node)):
             return "its bias is computed"

@@ -172,32 +172,40 @@ class Pairs:
             source, target, stem, quantizer, self._parameters(stem, quantizer), self.constant
         )
 
-    def weight(self, tensor: str, quantizer: Quantizer) -> str:
-        """Name of the dequantized tensor of a stored weight."""
-        key = (tensor, quantizer.key)
+    def weight(
+        self, tensor: str, quantizer: Quantizer, shape: tuple[int, ...] | None = None
+    ) -> str:
+        """Name of the dequantized tensor of a stored weight. ``shape``: in which it is stored, with
+        one scale for all of it; None: its own."""
+        key = (tensor, quantizer.key, shape)
         if key not in self._made:
-            name, stem = self._stored(tensor, quantizer)
+            name, stem = self._stored(tensor, quantizer, shape)
             # tf32 has no type of its own in a file: what is stored is float32 already.
             target = name if quantizer.dtype == "tf32" else f"{stem}.dq"
             self.nodes[target] = self._restored(name, target, stem, quantizer)
             self._made[key] = target
         return self._made[key]
 
-    def stored(self, tensor: str, quantizer: Quantizer) -> str:
-        """Name of the stored numbers themselves; asking twice gives the same."""
-        key = ("stored", tensor, quantizer.key)
+    def stored(
+        self, tensor: str, quantizer: Quantizer, shape: tuple[int, ...] | None = None
+    ) -> str:
+        """Name of the stored numbers themselves; asking twice gives the same. ``shape`` as for
+        `weight`."""
+        key = ("stored", tensor, quantizer.key, shape)
         if key not in self._made:
-            self._made[key] = self._stored(tensor, quantizer)[0]
+            self._made[key] = self._stored(tensor, quantizer, shape)[0]
         return self._made[key]
 
-    def _stored(self, tensor: str, quantizer: Quantizer) -> tuple[str, str]:
+    def _stored(
+        self, tensor: str, quantizer: Quantizer, shape: tuple[int, ...] | None
+    ) -> tuple[str, str]:
         stem = self._stem(tensor, quantizer)
         name = f"{stem}.int" if not quantizer.is_float else f"{stem}.rounded"
         self.initializers.append(
             TensorProto(
                 name=name,
                 data_type=ONNX_TYPES[quantizer.dtype],
-                dims=self.weights.shape(tensor),
+                dims=self.weights.shape(tensor) if shape is None else shape,
             )
         )
         self.integer_weights.append(IntegerWeight(name=name, source=tensor, quantizer=quantizer))

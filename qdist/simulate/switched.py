@@ -13,9 +13,11 @@ from onnx import NodeProto, TensorProto, helper
 
 from qdist.model import rewrite
 from qdist.model.freeze import FrozenModel
+from qdist.plan.plan import LayerPlan
 from qdist.plan.target import ProjectedPlan
 from qdist.simulate.assemble import QuantizedGraph, finished, pair_nodes, raised
 from qdist.simulate.pairs import Pairs
+from qdist.simulate.split_bias import with_bias_apart
 
 SUFFIX = ".switch"
 
@@ -51,6 +53,7 @@ def switched_graph(frozen: FrozenModel, projected: ProjectedPlan) -> SwitchedGra
             switches[node.name] = switch
             proto.graph.input.append(helper.make_tensor_value_info(switch, TensorProto.BOOL, []))
             nodes.extend(_choices(node, plain, switch))
+            nodes.extend(_bias_choice(node, layer, switch, pairs, placed))
         nodes.append(node)
     return SwitchedGraph(graph=finished(frozen, proto, nodes, pairs), switches=switches)
 
@@ -66,3 +69,20 @@ def _choices(node: NodeProto, plain: list[str], switch: str) -> list[NodeProto]:
         made.append(helper.make_node("Where", [switch, stored, name], [chosen], chosen))
         node.input[i] = chosen
     return made
+
+
+def _bias_choice(
+    node: NodeProto, layer: LayerPlan, switch: str, pairs: Pairs, placed: set[str]
+) -> list[NodeProto]:
+    """For a layer whose bias is split off: ``node`` is made a choice between what it is with the
+    bias apart and what it was, and these come before it. Nothing for any other layer."""
+    apart = with_bias_apart(node, layer, pairs, placed)
+    if len(apart) == 1:
+        return []
+    output = node.output[0]
+    whole = NodeProto.FromString(node.SerializeToString())
+    apart[-1].output[0], whole.output[0] = f"{switch}.apart", f"{switch}.whole"
+    whole.name = f"{node.name}.whole"
+    chosen = [switch, apart[-1].output[0], whole.output[0]]
+    node.CopyFrom(helper.make_node("Where", chosen, [output], f"{switch}.bias"))
+    return [*apart, whole]

@@ -26,6 +26,7 @@ from qdist.plan.plan import LayerPlan
 from qdist.plan.target import ProjectedPlan
 from qdist.simulate.assemble import QuantizedGraph, finished, pair_nodes, raised, round_results
 from qdist.simulate.pairs import Pairs
+from qdist.simulate.split_bias import with_bias_apart
 from qdist.simulate.twins import own_results, twin_of
 from qdist.simulate.wires import Wires
 
@@ -52,7 +53,8 @@ def twin_key(layer: LayerPlan) -> str:
     """Hex SHA-256 of all that decides what a layer's twin computes, but for the model."""
     rounded = layer.outputs if layer.choice.bits.rounds is not None else ()
     parts = [layer.name.encode()]
-    for entries in (layer.activations, layer.weights, rounded):
+    apart = (layer.bias_add.entries,) if layer.bias_add is not None else ()
+    for entries in (layer.activations, layer.weights, rounded, *apart):
         parts.append(str(len(entries)).encode())
         for entry in entries:
             *kind, scales, zeros, axis, blocks = entry.quantizer.key
@@ -96,10 +98,11 @@ def twin_sums(
             twin = twin_of(node, f".twin{i}")
             result = next(name for name in twin.output if name)
             nodes.extend(pair_nodes(twin, layer, pairs, placed))
-            after = round_results(twin, own_results(node, layer), pairs)
+            made = with_bias_apart(twin, layer, pairs, placed)
+            after = round_results(made[-1], own_results(node, layer), pairs)
             start = len(wires.nodes)
             row = wires.sums(output, result)
-            nodes.extend((twin, *after, *wires.nodes[start:]))
+            nodes.extend((*made, *after, *wires.nodes[start:]))
             rows.append(row)
             found[key] = node.name
     wires = _Reductions(pairs, "qdist", is_careful=False)

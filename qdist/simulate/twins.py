@@ -23,6 +23,7 @@ from qdist.simulate.assemble import (
     round_results,
 )
 from qdist.simulate.pairs import Pairs
+from qdist.simulate.split_bias import with_bias_apart
 
 SUFFIX = ".twin"
 
@@ -52,8 +53,9 @@ def twin_graph(frozen: FrozenModel, projected: ProjectedPlan) -> TwinGraph:
             continue
         twin = twin_of(node)
         nodes.extend(pair_nodes(twin, layer, pairs, placed))
-        after = round_results(twin, own_results(node, layer), pairs)
-        nodes.extend((twin, *after))
+        made = with_bias_apart(twin, layer, pairs, placed)
+        after = round_results(made[-1], own_results(node, layer), pairs)
+        nodes.extend((*made, *after))
         outputs[layer.name] = next(name for name in node.output if name)
     del proto.graph.output[:]
     for name in outputs.values():
@@ -88,4 +90,4 @@ def only(projected: ProjectedPlan, names: set[str]) -> ProjectedPlan:
 
 
 def _float(layer: LayerPlan) -> LayerPlan:
-    return replace(layer, activations=(), weights=())
+    return replace(layer, activations=(), weights=(), bias_add=None)

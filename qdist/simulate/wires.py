@@ -79,9 +79,12 @@ class Wires:
         stored = self.clipped(self.add("Add", whole, zeros), quantizer.low, quantizer.high)
         return self.add("Sub", stored, zeros)
 
-    def weight(self, tensor: str, quantizer: Quantizer) -> str:
-        """The integers of a stored weight, less the zero point: float32."""
-        name = self._pairs.stored(tensor, quantizer)
+    def weight(
+        self, tensor: str, quantizer: Quantizer, shape: tuple[int, ...] | None = None
+    ) -> str:
+        """The integers of a stored weight, less the zero point: float32. ``shape`` as for
+        `Pairs.weight`."""
+        name = self._pairs.stored(tensor, quantizer, shape)
         one = self.constant(1.0, np.float32)
         whole = self.add("DequantizeLinear", name, one)
         zero = quantizer.zero_points[0]

@@ -17,7 +17,7 @@ from qdist.evaluate.report import EvalReport
 from qdist.plan.choice import LayerChoice
 from qdist.search.icraft import PRIORITIES, Icraft, IcraftSettings, Target
 from qdist.search.icraft_config import IcraftConfig, parse, read, render
-from qdist.search.icraft_ladders import rungs
+from qdist.search.icraft_ladders import SPLIT, rungs
 from qdist.search.problem import SearchLayer, SearchProblem
 from qdist.search.trial import Candidate, Trial
 
@@ -42,12 +42,14 @@ def deviation(error: float) -> Deviation:
 @dataclass(frozen=True)
 class Chain:
     """A model of layers one after the other. ``errors``: of each with int8 and the first method;
-    those of the layers before add up in place."""
+    those of the layers before add up in place. ``splits``: whether convolutions may have their bias
+    split off, which takes a third of the error in int16 away."""
 
     errors: tuple[float, ...]
     ops: tuple[str, ...]
     chip: str = "buyi"
     saturations: tuple[str, ...] = ("max",)
+    splits: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -60,15 +62,23 @@ class Chain:
             for s in self.saturations
         )
 
+    def options_of(self, i: int) -> tuple[LayerChoice, ...]:
+        found = self.options()
+        if not self.splits or self.ops[i] != "Conv":
+            return found
+        wide = [replace(o, split_bias=True) for o in found if o.precision == "int16"]
+        return (*found, *wide)
+
     def error(self, i: int, choice: LayerChoice) -> float:
         # Of the methods after the first, one in three brings something.
         rank = self.saturations.index(choice.saturation)
         gain = 1.0 if not rank else (0.7 if (i + rank) % 3 == 0 else 1.1)
-        return min(1.0, self.errors[i] * SHRINK[choice.precision] * gain)
+        apart = 2 / 3 if choice.split_bias else 1.0
+        return min(1.0, self.errors[i] * SHRINK[choice.precision] * gain * apart)
 
     def alone(self) -> dict[str, dict[LayerChoice, Deviation]]:
         return {
-            name: {option: deviation(self.error(i, option)) for option in self.options()}
+            name: {option: deviation(self.error(i, option)) for option in self.options_of(i)}
             for i, name in enumerate(self.names)
         }
 
@@ -81,7 +91,7 @@ class Chain:
                 for i, (n, op) in enumerate(zip(names, self.ops, strict=True))
             ),
             groups=tuple((name,) for name in names),
-            options={name: self.options() for name in names},
+            options={name: self.options_of(i) for i, name in enumerate(names)},
         )
 
     def in_place(self, choices: Mapping[str, LayerChoice]) -> list[Deviation]:
@@ -123,7 +133,10 @@ def search(chain: Chain, how: IcraftSettings, fails: Sequence[int] = ()) -> list
 
 
 def precisions(trial: Trial) -> str:
-    return " ".join(choice.precision for choice in trial.candidate.choices.values())
+    return " ".join(
+        "split" if choice.split_bias else choice.precision
+        for choice in trial.candidate.choices.values()
+    )
 
 
 def text_bad(d: Deviation, cos: float, far: float) -> bool:
@@ -132,17 +145,27 @@ def text_bad(d: Deviation, cos: float, far: float) -> bool:
 
 def transcribed(chain: Chain, priority: str, n_rounds: int, level: int = 1) -> list[str]:
     """What the guide says, for a chain and Buyi without float_cal, in plain loops: the precisions
-    of every plan, the plain one first."""
+    of every plan, the plain one first; ``split`` is int16 with the bias split off."""
     n = len(chain.errors)
     now = ["int8"] * n
     plans = [list(now)]
 
     def score(plan: Sequence[str]) -> list[Deviation]:
+        return chain.in_place({f"n{i}": choice(p) for i, p in enumerate(plan)})
+
+    def choice(word: str) -> LayerChoice:
         option = chain.options()[0]
-        return chain.in_place({f"n{i}": replace(option, precision=p) for i, p in enumerate(plan)})
+        if word == "split":
+            return replace(option, precision="int16", split_bias=True)
+        return replace(option, precision=word)
 
     def single(i: int) -> Deviation:
-        return deviation(chain.error(i, replace(chain.options()[0], precision=now[i])))
+        return deviation(chain.error(i, choice(now[i])))
+
+    def is_done(i: int) -> bool:
+        if chain.splits and chain.ops[i] == "Conv":
+            return now[i] == "split"
+        return now[i] == "int16"
 
     def is_over() -> bool:
         return len(plans) > n_rounds or score(plans[-1])[-1].cosine >= 0.99
@@ -155,15 +178,13 @@ def transcribed(chain: Chain, priority: str, n_rounds: int, level: int = 1) -> l
             loose_cos = 1 - (1 - cos) * n_rounds / step
             loose_far = far * n_rounds / step
             bad = [
-                i
-                for i in range(n)
-                if now[i] == "int8" and text_bad(single(i), loose_cos, loose_far)
+                i for i in range(n) if not is_done(i) and text_bad(single(i), loose_cos, loose_far)
             ]
             bad.sort(key=lambda i: single(i).cosine)
             chosen = bad[: -(-len(bad) * step // n_rounds)]
             if chosen:
                 for i in chosen:
-                    now[i] = "int16"
+                    now[i] = "int16" if now[i] == "int8" else "split"
                 plans.append(list(now))
         return [" ".join(plan) for plan in plans]
 
@@ -199,9 +220,18 @@ def transcribed(chain: Chain, priority: str, n_rounds: int, level: int = 1) -> l
 
 
 ERRORS = st.sampled_from([0.0, 0.001, 0.004, 0.02, 0.035, 0.06, 0.12, 0.25])
-CHAINS = st.lists(
-    st.tuples(ERRORS, st.sampled_from(["Conv", "Relu", "Reshape"])), min_size=1, max_size=12
-).map(lambda rows: Chain(errors=tuple(e for e, _ in rows), ops=tuple(o for _, o in rows)))
+CHAINS = st.tuples(
+    st.lists(
+        st.tuples(ERRORS, st.sampled_from(["Conv", "Relu", "Reshape"])), min_size=1, max_size=12
+    ),
+    st.booleans(),
+).map(
+    lambda found: Chain(
+        errors=tuple(e for e, _ in found[0]),
+        ops=tuple(o for _, o in found[0]),
+        splits=found[1],
+    )
+)
 
 
 @given(CHAINS, st.sampled_from(["accuracy", "tradeoff"]), st.integers(1, 12), st.integers(1, 3))
@@ -256,8 +286,9 @@ def test_never_twice_never_too_many_and_always_the_same(
     for trial in trials[:-1]:
         assert trial.report is None or trial.report.score < 0.99
     for trial in trials:
-        for name, choice in trial.candidate.choices.items():
-            assert choice in chain.options()
+        for i, (name, choice) in enumerate(trial.candidate.choices.items()):
+            assert choice in chain.options_of(i)
+            assert not choice.split_bias or (priority == "accuracy" and chip == "buyi")
             assert (name in trial.candidate.changed) == (choice != chain.options()[0])
         if chip == "buyi" and not float_cal:
             assert "float32" not in precisions(trial)
@@ -301,6 +332,8 @@ def test_sensitivities_of_the_problem_serve_where_no_measures_are_given() -> Non
         ("buyi", "int8", {"int8"}, True, ("int16", "float32")),
         ("buyi", "int16", {"int16"}, False, ()),
         ("buyi", "int16", {"int16"}, True, ("float32",)),
+        ("buyi", SPLIT, {"int16", SPLIT}, False, ()),
+        ("buyi", SPLIT, {"int16", SPLIT}, True, ("float32",)),
         ("buyi", "float32", {"int16"}, True, ()),
     ],
 )
@@ -308,6 +341,41 @@ def test_ladders(
     chip: str, precision: str, used: set[str], float_cal: bool, expected: tuple[str, ...]
 ) -> None:
     assert rungs(chip, precision, used, float_cal=float_cal) == expected
+
+
+def test_a_bias_is_split_off_before_float32() -> None:
+    for float_cal, above in ((False, ()), (True, ("float32",))):
+        assert rungs("buyi", "int16", {"int8"}, float_cal=float_cal, splits=True) == (SPLIT, *above)
+        # Formats of int16's kind have no such rung.
+        assert rungs("buyi", "w8a16", {"int8"}, float_cal=float_cal, splits=True) == above
+        assert rungs("buyi", "int8", {"int8"}, float_cal=float_cal, splits=True)[0] == "int16"
+    chain = Chain(errors=(1.0, 1.0), ops=("Conv", "Relu"), splits=True)
+    how = IcraftSettings(threshold_level=3, round_num=6, float_cal=True, target=None)
+    trials = search(chain, how)
+    assert [precisions(trial) for trial in trials] == [
+        "int8 int8",
+        "int16 int8",
+        "int16 int16",
+        "split int16",
+        "float32 float32",
+    ]
+    assert trials[3].candidate.label == f"{SPLIT} in 1 layer"
+    for priority in ("tradeoff", "performance"):
+        for trial in search(chain, replace(how, priority=priority)):
+            assert "split" not in precisions(trial)
+
+
+def test_layers_of_a_group_keep_their_biases_when_another_splits_its_own() -> None:
+    chain = Chain(errors=(1.0, 0.01), ops=("Conv", "Conv"), splits=True)
+    problem = replace(chain.problem(), groups=(("n0", "n1"),))
+    how = IcraftSettings(threshold_level=3, round_num=2, float_cal=True, target=None)
+    strategy = Icraft(problem, how, chain.alone())
+    found = []
+    while proposals := strategy.ask():
+        trials = [chain.trial(candidate) for candidate in proposals]
+        strategy.tell(trials)
+        found += [precisions(trial) for trial in trials]
+    assert found == ["int8 int8", "int16 int16", "split int16"]
 
 
 @pytest.mark.parametrize(

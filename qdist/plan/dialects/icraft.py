@@ -200,7 +200,8 @@ def read(text: str, file: str, before: Before) -> FileRules:
 
 
 def template(before: Before, layout: str = "3.33") -> str:
-    """A file that says what every layer has. Raises QD507 for a precision without an Icraft name.
+    """A file that says what every layer has. Raises QD507 for a precision without an Icraft name,
+    and for a bias that is split off, which Icraft's own search does and no column says.
 
     Where layers read one tensor with different threshold methods, the row of what makes it has the
     method of the first.
@@ -394,6 +395,10 @@ def _template_row(op_id: int, operator: Operator, before: Before) -> MixRow:
         children = index.adjacency.children[host]
         if host not in index.left_out:
             choice = before.choices[host]
+            if choice.splits_bias:
+                raise cannot_write(
+                    "Icraft's csv", host, "split_bias", "the bias in the convolution"
+                )
             dtype = _dtype(choice.precision, host)
             # Icraft has no word for a method's parameters.
             weight_method = (
