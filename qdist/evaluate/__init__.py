@@ -5,7 +5,7 @@
 ``builtin``   runs a model over a data set and measures metrics.
 ``command``   the user's own script, in a folder of its own (``folder``), contained in a session of
               its own (``supervised``, ``supervisor``); ``result`` reads what it left.
-``function``  the user's own Python function.
+``function``  the user's own Python function; ``user_code`` says where it failed.
 ``scorer``    any of the three, behind one function.
 ``reference`` the float model's outputs, on disk.
 ``overlap``   are evaluation samples calibration samples?
