@@ -27,8 +27,7 @@ from qdist.cli.context import Context
 from qdist.errors import ConfigError
 from qdist.model.difference import rewriting_difference
 from qdist.model.graph import Graph
-from qdist.model.smoothed import smoothed_model
-from qdist.plan.smoothing import find_smoothing, lacking_channels
+from qdist.plan.smoothing import lacking_channels, smoothed_graph
 from qdist.search.trial import Settings
 from qdist.stats.record import CalibrationRecord
 from qdist.store.protocol import FinishedMerge
@@ -69,12 +68,11 @@ def stored(
     """The model smoothed with ``alpha``, with statistics that were measured before. ``blocks``: of
     the model as it is. Raises QD212, and QD402 where they were not measured."""
     factors = stored_channels(store.location, merge, lacking_channels(graph, merge.record))
-    found = find_smoothing(graph, factors, merge.taps, alpha)
+    smoothed, found = smoothed_graph(graph, factors, merge.taps, alpha)
     rows = smoothed_rows(graph, merge.taps, found.smoothing)
-    smoothed = smoothed_model(graph, found.smoothing)
-    own, rows_merge = stored_rows(store.location, smoothed, merge, rows)
+    own, rows_merge = stored_rows(store.location, smoothed.model, merge, rows)
     return Smoothed(
-        graph=Graph(smoothed, graph.execution),
+        graph=smoothed,
         record=joined(merge.record, rows_merge.record),
         blocks=joined_blocks(blocks, own, rows_merge) if blocks else (),
         notes=tuple(found.notes()),
@@ -136,17 +134,16 @@ class Smoother:
             return self._known[alpha]
         done, graph = self._done, self._graph
         record = self._factors or done.merged.record
-        found = find_smoothing(graph, record, done.job.taps, alpha)
-        model = smoothed_model(graph, found.smoothing)
+        smoothed, found = smoothed_graph(graph, record, done.job.taps, alpha)
         rows = smoothed_rows(graph, done.job.taps, found.smoothing)
-        job = smoothed_job(done.job, Graph(model, graph.execution), rows)
-        store = create_store(smoothed_location(done.store.location, model), job.identity)
+        job = smoothed_job(done.job, smoothed, rows)
+        store = create_store(smoothed_location(done.store.location, smoothed.model), job.identity)
         checked = store.document(_CHECK)
         if checked is None:
             feeds = load_phases(job.grid[0], done.source, job.inputs, job.decoder)[0]
             difference = rewriting_difference(
                 graph.model,
-                model,
+                smoothed.model,
                 feeds,
                 graph.execution,
                 budget_bytes=job.settings.memory_budget_bytes,
