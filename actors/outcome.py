@@ -54,12 +54,14 @@ class Hooks:
     """``on_trial`` hears of every trial as it ends, ``on_message`` of retries and losses.
     ``statistics(settings)`` gives the file (`qdist.store.record_file`) of the statistics that a
     candidate's settings ask for; None where no candidate may. ``costs``: what a plan costs, by
-    name, to stand beside its trial."""
+    name, to stand beside its trial. ``cost``: what it costs in the unit of the search, which tells
+    equal scores apart; None: the bytes of artifacts do."""
 
     on_trial: Callable[[Trial], None] | None = None
     on_message: Callable[[str], None] | None = None
     statistics: Callable[[Settings], Path] | None = None
     costs: Callable[[Choices], Mapping[str, float]] | None = None
+    cost: Callable[[Choices], float] | None = None
 
 
 def incumbent_maker(

@@ -39,7 +39,7 @@ class TrialBook:
         self._by_key: dict[str, str] = {}
         self._by_digest: dict[str, PlanResult] = {}
         self._digest_of: dict[int, str] = {}
-        self._best_rank: tuple[float, float, float, float] | None = None
+        self._best_rank: tuple[float, ...] | None = None
         self.n_known = 0
         """How many sets of choices earlier runs of this search have tried."""
 

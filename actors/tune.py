@@ -271,6 +271,7 @@ class _Search:
             self._known(twin, replace(result, reused=True))
 
     def _finish(self, key: str, candidate: Candidate, result: PlanResult) -> None:
+        cost, costs = self._hooks.cost, self._hooks.costs
         trial = Trial(
             candidate=candidate,
             report=result.report,
@@ -278,12 +279,12 @@ class _Search:
             reason=result.reason,
             details={**result.details, "reused": result.reused},
             layers=result.layers if candidate.wants_layers else {},
+            cost=cost(candidate.choices) if cost else None,
         )
         del self._round.waiting[candidate.number]
         self._round.by_key[key].remove(candidate)
         self._round.finished.append(trial)
         self._n_reused += result.reused
-        costs = self._hooks.costs
         self._book.finish(trial, result.digest, costs(candidate.choices) if costs else {})
         if self._hooks.on_trial is not None:
             self._hooks.on_trial(trial)

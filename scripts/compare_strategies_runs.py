@@ -127,12 +127,13 @@ class Tried:
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         """From `to_json`, or a ``trial.json``."""
         report = value["report"]
+        cost = float(value["costs"][f"cost_{COST}"])
         trial = Trial(
             candidate=Candidate(number=int(value["number"]), label=str(value["label"]), choices={}),
             report=None if report is None else EvalReport.from_json(report),
             n_bytes=int(value["n_bytes"]),
+            cost=cost,
         )
-        cost = float(value["costs"][f"cost_{COST}"])
         return cls(trial=trial, cost=cost, plan=str(value["plan"]))
 
 

@@ -27,7 +27,7 @@ from qdist.plan.plan import load_plan
 from qdist.plan.planner import Planner
 from qdist.plan.resolved import resolved_digest
 from qdist.search.applied import planner_with
-from qdist.search.trial import Candidate, Settings, Trial
+from qdist.search.trial import Candidate, Choices, Settings, Trial
 from qdist.stats.record import CalibrationRecord
 from qdist.store.record_file import write_record
 from qdist.store.zarr_store import create_store
@@ -161,12 +161,17 @@ def scores(outcome: Outcome) -> list[float | None]:
 def test_plans_that_come_to_the_same_are_scored_once(bench: Bench) -> None:
     wide = LayerChoice(precision="w8a16")
     asked = [bench.candidate(0), bench.candidate(1, all=SAME), bench.candidate(2, all=wide)]
-    costs = Hooks(costs=lambda choices: {"wide": sum(c == wide for c in choices.values())})
+
+    def n_wide(choices: Choices) -> float:
+        return sum(choice == wide for choice in choices.values())
+
+    costs = Hooks(costs=lambda choices: {"wide": n_wide(choices)}, cost=n_wide)
     first = bench.run(Script([asked]), workers=2, seconds=0.3, hooks=costs)
     assert bench.n_scored == first.n_scored == 2
     plain, same, other = scores(first)
     assert plain == same != other
     assert first.trials[0].n_bytes == first.trials[1].n_bytes
+    assert [trial.cost for trial in first.trials] == [0, 0, len(bench.planner.layers)]
     for number in range(3):
         place = bench.folder / "trials" / f"trial-{number:03d}"
         assert {"model.onnx", "plan.json", "trial.json"} <= {p.name for p in place.iterdir()}

@@ -136,6 +136,7 @@ def search(
                 on_message=drawing.say,
                 statistics=lambda own: _statistics_file(folder, own, statistics),
                 costs=costs,
+                cost=problem.cost,
             ),
         )
     context.say(_ended(outcome, settings))
