@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,6 +25,8 @@ CURVES_EVERY_S = 2.0
 """Seconds for which points of the parent's curves are collected, at least."""
 WEIGHTS = "weights"
 """The parent's folder of weights that several trials' models share."""
+MODEL, PLAN = "model.onnx", "plan.json"
+"""Files of a trial."""
 
 
 class TrialLog:
@@ -31,8 +34,9 @@ class TrialLog:
     is sent or spooled, and raises what the spool could not keep.
 
     ``folder``: the search's own. ``artifacts``: as `qdist.cli.tracking.TrackingSpec` has it.
-    ``costs``: what a plan costs, by name. Trials that the parent's run has already, from a search
-    that was killed, are not logged again.
+    ``costs``: what a plan costs, by name. ``write(plan, model)`` writes the model of a plan's file
+    once more, where an earlier search has let it go (``search.artifacts``). Trials that the
+    parent's run has already, from a search that was killed, are not logged again.
     """
 
     def __init__(
@@ -42,12 +46,14 @@ class TrialLog:
         model: str,
         artifacts: str,
         costs: Callable[[Choices], Mapping[str, float]] | None = None,
+        write: Callable[[Path, Path], object] | None = None,
     ) -> None:
         self._parent = parent
         self._folder = folder
         self._model = model
         self._artifacts = artifacts
         self._costs = costs or (lambda choices: {})
+        self._write = write
         self._todo: queue.SimpleQueue[Trial | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="trial log", daemon=True)
         self._failure: BaseException | None = None
@@ -118,7 +124,7 @@ class TrialLog:
         child.log_table(_layer_rows(trial), "layers.csv")
         if trial.evaluation is not None and trial.evaluation.output_tail:
             child.log_text(trial.evaluation.output_tail, "evaluation.log")
-        place = self._place(number) / "plan.json"
+        place = self._place(number) / PLAN
         if place.exists():
             child.log_text(place.read_text(encoding="utf-8"), place.name)
         if self._artifacts == "all":
@@ -142,12 +148,17 @@ class TrialLog:
     def _send_model(self, child: Run, trial: Trial, *, best: bool) -> None:
         """The model, in full where it is small; of a larger one the weights go to the parent."""
         place = self._place(trial.candidate.number)
-        model = place / "model.onnx"
-        if not model.exists():
-            return
-        shared = self._weights.split(model)
+        if (place / MODEL).exists():
+            self._send_files(child, place, best=best)
+        elif self._write is not None and (place / PLAN).exists() and trial.n_bytes:
+            with TemporaryDirectory(prefix="qdist-model-", dir=self._folder) as again:
+                self._write(place / PLAN, Path(again) / MODEL)
+                self._send_files(child, Path(again), best=best)
+
+    def _send_files(self, child: Run, place: Path, *, best: bool) -> None:
+        shared = self._weights.split(place / MODEL)
         if shared is None:
-            for path in sorted(place.glob("model.onnx*")):
+            for path in sorted(place.glob(f"{MODEL}*")):
                 child.log_artifact(path, best=best)
             return
         for path in shared.fresh:

@@ -18,6 +18,7 @@ from qdist.cli.progress import bar
 from qdist.cli.schema import TuneSettings
 from qdist.cli.tracking import Run
 from qdist.digest import digest_json
+from qdist.emit.qdq import emit_qdq
 from qdist.errors import ConfigError
 from qdist.evaluate.identity import evaluation_identity
 from qdist.evaluate.report import EvalReport
@@ -108,7 +109,12 @@ def search(
     if book.n_known:
         context.say(f"note: {book.n_known} plans were tried before, and are not scored again")
     costs = _costs_of(problem)
-    log = TrialLog(parent, folder, settings.model.name, settings.tracking.artifacts, costs)
+
+    def write(plan: Path, model: Path) -> None:
+        own, found = steps.load_plan_for(frozen, plan, context.execution)
+        emit_qdq(own, target.project(found), model, check=False)
+
+    log = TrialLog(parent, folder, settings.model.name, settings.tracking.artifacts, costs, write)
     _remember_run(context, parent)
     done: list[Trial] = []
     with log, bar(context.console, "searching", "trials") as drawing:
