@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from bench_accuracy_scores import Parts
 from omegaconf import OmegaConf
 from score_models import MODELS
 
@@ -21,6 +20,7 @@ from qdist.cli.compose import validated
 from qdist.cli.schema import TuneSettings
 from qdist.evaluate.builtin import DatasetEvaluation, Outputs, Runner, batches
 from qdist.evaluate.metrics import find_metric
+from qdist.evaluate.metrics.batch import Parts
 from qdist.evaluate.report import EvalReport
 from qdist.search.trial import Candidate, Trial, best_of
 

@@ -8,6 +8,7 @@
 ``function``  the user's own Python function; ``user_code`` says where it failed.
 ``scorer``    any of the three, behind one function.
 ``reference`` the float model's outputs, on disk.
+``paired``    two models' scores on the same samples: intervals of the difference.
 ``overlap``   are evaluation samples calibration samples?
 ``compare``   layer by layer, fed by float inputs and by the quantized model's own.
 ``sensitivity`` all layers alone, for many choices in few runs.
