@@ -11,6 +11,7 @@ from typing import Literal
 
 import pytest
 
+from qdist.cli.commands.trial_models import TrialModels
 from qdist.cli.commands.tune_log import TrialLog
 from qdist.cli.tracking import SPOOL_NAME, Tracker, open_tracker
 from qdist.cli.tracking.mlflow_sink import MlflowSink
@@ -442,7 +443,7 @@ def test_how_a_trials_command_ended_is_recorded(tmp_path: Path) -> None:
     ]
     with open_tracker(spec(uri), spool_folder=tmp_path / "out") as tracker:
         parent = tracker.start_run("search", command="tune", config={})
-        with TrialLog(parent, tmp_path / "trials", "net", "none") as log:
+        with TrialLog(parent, TrialModels(folder=tmp_path / "trials"), "net", "none") as log:
             for trial in trials:
                 log.add(trial)
         children = parent.children()

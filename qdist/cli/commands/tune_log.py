@@ -11,10 +11,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Self
 
+from qdist.cli.commands.trial_models import MODEL, PLAN, TrialModels
 from qdist.cli.tracking import Run
 from qdist.cli.tracking.run import now_ms
 from qdist.emit.shared_weights import SharedWeights
@@ -25,35 +25,30 @@ CURVES_EVERY_S = 2.0
 """Seconds for which points of the parent's curves are collected, at least."""
 WEIGHTS = "weights"
 """The parent's folder of weights that several trials' models share."""
-MODEL, PLAN = "model.onnx", "plan.json"
-"""Files of a trial."""
 
 
 class TrialLog:
     """Logs trials below ``parent``; a context manager around the search. Leaving it waits until all
     is sent or spooled, and raises what the spool could not keep.
 
-    ``folder``: the search's own. ``artifacts``: as `qdist.cli.tracking.TrackingSpec` has it.
-    ``costs``: what a plan costs, by name. ``write(plan, model)`` writes the model of a plan's file
-    once more, where an earlier search has let it go (``search.artifacts``). Trials that the
-    parent's run has already, from a search that was killed, are not logged again.
+    ``models``: where those of the trials are. ``artifacts``: as `qdist.cli.tracking.TrackingSpec`
+    has it. ``costs``: what a plan costs, by name. Trials that the parent's run has already, from a
+    search that was killed, are not logged again.
     """
 
     def __init__(
         self,
         parent: Run,
-        folder: Path,
+        models: TrialModels,
         model: str,
         artifacts: str,
         costs: Callable[[Choices], Mapping[str, float]] | None = None,
-        write: Callable[[Path, Path], object] | None = None,
     ) -> None:
         self._parent = parent
-        self._folder = folder
+        self._models = models
         self._model = model
         self._artifacts = artifacts
         self._costs = costs or (lambda choices: {})
-        self._write = write
         self._todo: queue.SimpleQueue[Trial | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="trial log", daemon=True)
         self._failure: BaseException | None = None
@@ -61,7 +56,7 @@ class TrialLog:
         self._sent_at = time.monotonic()
         self._best: Trial | None = None
         self._n_best = 0
-        self._weights = SharedWeights(folder / WEIGHTS)
+        self._weights = SharedWeights(models.folder / WEIGHTS)
         self._runs: dict[int, str] = {}
         self.seconds = 0.0
         """What sending took, all trials together."""
@@ -124,7 +119,7 @@ class TrialLog:
         child.log_table(_layer_rows(trial), "layers.csv")
         if trial.evaluation is not None and trial.evaluation.output_tail:
             child.log_text(trial.evaluation.output_tail, "evaluation.log")
-        place = self._place(number) / PLAN
+        place = self._models.place(number) / PLAN
         if place.exists():
             child.log_text(place.read_text(encoding="utf-8"), place.name)
         if self._artifacts == "all":
@@ -147,13 +142,9 @@ class TrialLog:
 
     def _send_model(self, child: Run, trial: Trial, *, best: bool) -> None:
         """The model, in full where it is small; of a larger one the weights go to the parent."""
-        place = self._place(trial.candidate.number)
-        if (place / MODEL).exists():
-            self._send_files(child, place, best=best)
-        elif self._write is not None and (place / PLAN).exists() and trial.n_bytes:
-            with TemporaryDirectory(prefix="qdist-model-", dir=self._folder) as again:
-                self._write(place / PLAN, Path(again) / MODEL)
-                self._send_files(child, Path(again), best=best)
+        with self._models.at(trial.candidate.number) as place:
+            if place is not None:
+                self._send_files(child, place, best=best)
 
     def _send_files(self, child: Run, place: Path, *, best: bool) -> None:
         shared = self._weights.split(place / MODEL)
@@ -168,9 +159,6 @@ class TrialLog:
 
     def _metrics(self, trial: Trial) -> dict[str, float]:
         return {**_metrics(trial), **self._costs(trial.candidate.choices)}
-
-    def _place(self, number: int) -> Path:
-        return self._folder / f"trial-{number:03d}"
 
     def _add_points(self, trial: Trial) -> None:
         """Every trial's numbers as curves of the parent, and the best so far."""
