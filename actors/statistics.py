@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qdist.search.applied import OF_STATISTICS, needs_statistics
-from qdist.search.statistics import CandidateStatistics
 from qdist.search.trial import Candidate, Settings
 from qdist.store.record_file import write_record
+
+if TYPE_CHECKING:  # what it imports takes time that few searches need
+    from qdist.search.statistics import CandidateStatistics
 
 Waiting = tuple[str, Candidate]
 """Key and candidate of a trial that waits."""

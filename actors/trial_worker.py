@@ -6,7 +6,7 @@ import pickle
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from actors.plan_folder import ARTIFACT, PLAN, PlanFolder
 from actors.statistics import Measured, StatisticsTask, run_statistics
@@ -32,10 +32,12 @@ from qdist.plan.resolved import resolved_digest
 from qdist.plan.target import ProjectedPlan, Target
 from qdist.search.applied import planner_with
 from qdist.search.results import LOST_TO, PlanResult
-from qdist.search.statistics import CandidateStatistics
 from qdist.search.trial import EVALUATION, Candidate
 from qdist.stats.record import CalibrationRecord
 from qdist.store.record_file import read_record
+
+if TYPE_CHECKING:  # what it imports takes time that few searches need
+    from qdist.search.statistics import CandidateStatistics
 
 _KEPT_PLANNERS = 4
 
@@ -149,7 +151,7 @@ class TrialWorker:
         if self._statistics is None:
             given = self._setup.statistics
             found = pickle.loads(given) if isinstance(given, bytes) else given
-            if not isinstance(found, CandidateStatistics):
+            if found is None:
                 raise RuntimeError("nothing measures for candidates of this search")
             self._statistics = found
         return self._statistics

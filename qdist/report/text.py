@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
-from qdist.evaluate.paired import Difference
+if TYPE_CHECKING:  # importing SciPy takes time that other commands should not pay
+    from qdist.evaluate.paired import Difference
 
 ELLIPSIS = "\u2026"
 MINUS = "\u2212"

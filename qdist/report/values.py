@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from qdist.evaluate.compare import LayerComparison
 from qdist.evaluate.evaluation_run import EvaluationRun
-from qdist.evaluate.paired import Difference
+
+if TYPE_CHECKING:  # importing SciPy takes time that other commands should not pay
+    from qdist.evaluate.paired import Difference
 
 STATUSES = ("ok", "failed")
 
