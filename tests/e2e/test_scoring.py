@@ -11,7 +11,7 @@ import pytest
 
 from actors.session import RaySession
 from tests.command_line import check_error, here, succeed
-from tests.e2e.tracked import client_for
+from tests.e2e.tracked import client_for, made_uri
 
 SCORED = (
     *("model=digits_cnn", "data=digits", "tracking=none"),
@@ -56,9 +56,9 @@ def folder(cnn_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 
 def test_the_search_and_the_report_share_no_sample(cluster: RaySession, folder: Path) -> None:
-    uri = f"tracking.uri=sqlite:///{folder / 'mlflow.db'}"
-    words = ("evaluation=accuracy", "evaluation.search_share=0.5", "tracking.enabled=true", uri)
-    said = succeed(*TUNE, *words)
+    uri = made_uri(folder)
+    words = ("evaluation=accuracy", "evaluation.search_share=0.5", "tracking.enabled=true")
+    said = succeed(*TUNE, *words, f"tracking.uri={uri}")
     unseen = json.loads((folder / "unseen.json").read_text())
     n_unseen = {unseen[name]["n_samples"] for name in ("float", "quantized")}
     reports = [json.loads(file.read_text()) for file in folder.rglob("trials/**/result.json")]
@@ -67,9 +67,7 @@ def test_the_search_and_the_report_share_no_sample(cluster: RaySession, folder: 
     assert n_seen.pop() + n_unseen.pop() == 40
     assert "samples that the search did not see: top1 " in said
     check_intervals(folder, unseen, said)
-    (run,) = client_for(uri.removeprefix("tracking.uri=")).search_runs(
-        ["1"], "tags.`qdist.command` = 'tune'"
-    )
+    (run,) = client_for(uri).search_runs(["1"], "tags.`qdist.command` = 'tune'")
     assert run.data.metrics["unseen_score"] == unseen["quantized"]["score"]
 
 

@@ -12,7 +12,7 @@ import pytest
 from actors.session import RaySession
 from qdist.plan.plan import load_plan
 from tests.command_line import succeed
-from tests.e2e.tracked import client_for
+from tests.e2e.tracked import client_for, made_uri
 
 SCORED = (
     *("model=digits_cnn", "data=digits", "evaluation=accuracy"),
@@ -34,7 +34,7 @@ def test_a_target_without_scales_per_channel_is_searched_to_the_end(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "300")
     folder = Path(shutil.copytree(cnn_runs, "qdist-runs")).absolute() / "digits_cnn"
-    uri = f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}"
+    uri = f"tracking.uri={made_uri(tmp_path)}"
     said = succeed(*TUNE, uri, "search.artifacts=best")
     assert "is the best" in said
     assert "failed" not in said
