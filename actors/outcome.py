@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, TypeAlias
 
 from qdist.evaluate.early import Incumbent
 from qdist.evaluate.function import FunctionEvaluation
 from qdist.evaluate.report import EvalReport
 from qdist.evaluate.scorer import Evaluation
-from qdist.search.trial import Choices, Settings, Trial
+from qdist.search.trial import Choices, Trial
 
 Stopped: TypeAlias = Literal["strategy", "trials", "target", "time", "interrupt"]
 """What ended a search: the strategy had nothing to ask, or a limit was reached, or Ctrl-C."""
@@ -52,14 +51,14 @@ class Outcome:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hooks:
     """``on_trial`` hears of every trial as it ends, ``on_message`` of retries and losses.
-    ``statistics(settings)`` gives the file (`qdist.store.record_file`) of the statistics that a
-    candidate's settings ask for; None where no candidate may. ``costs``: what a plan costs, by
-    name, to stand beside its trial."""
+    ``costs``: what a plan costs, by
+    name, to stand beside its trial. ``cost``: what it costs in the unit of the search, which tells
+    equal scores apart; None: the bytes of artifacts do."""
 
     on_trial: Callable[[Trial], None] | None = None
     on_message: Callable[[str], None] | None = None
-    statistics: Callable[[Settings], Path] | None = None
     costs: Callable[[Choices], Mapping[str, float]] | None = None
+    cost: Callable[[Choices], float] | None = None
 
 
 def incumbent_maker(

@@ -5,6 +5,7 @@ trials/journal.jsonl   a line for every set of choices that was tried: its key, 
 trials/plans/DIGEST/   plan, artifact and result of every plan, whoever asked for it
 trials/trial-NNN/      the trial's own: plan and artifact (links to the above), and trial.json
 trials/best.json       the best trial so far
+trials/statistics/     what candidates with statistics of their own have their ranges from
 """
 
 from __future__ import annotations
@@ -35,11 +36,12 @@ class TrialBook:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.plans = folder / "plans"
+        self.statistics = folder / "statistics"
         self.session = uuid.uuid4().hex
         self._by_key: dict[str, str] = {}
         self._by_digest: dict[str, PlanResult] = {}
         self._digest_of: dict[int, str] = {}
-        self._best_rank: tuple[float, float, float, float] | None = None
+        self._best_rank: tuple[float, ...] | None = None
         self.n_known = 0
         """How many sets of choices earlier runs of this search have tried."""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from actors.plan_folder import ARTIFACT, PLAN, PlanFolder
+from actors.statistics import Measured, StatisticsTask, run_statistics
 from qdist.data.source import DataSource
 from qdist.digest import digest_json
 from qdist.emit.qdq import emit_qdq
@@ -21,7 +23,7 @@ from qdist.evaluate.scorer import Evaluation, Scorer
 from qdist.evaluate.sums import Deviation
 from qdist.model.freeze import FrozenModel
 from qdist.model.graph import Graph
-from qdist.model.session import Execution
+from qdist.model.session import Execution, fingerprint
 from qdist.model.taps import TapTable
 from qdist.plan.choice import LayerChoice
 from qdist.plan.plan_settings import PlanSettings
@@ -33,6 +35,9 @@ from qdist.search.results import LOST_TO, PlanResult
 from qdist.search.trial import EVALUATION, Candidate
 from qdist.stats.record import CalibrationRecord
 from qdist.store.record_file import read_record
+
+if TYPE_CHECKING:  # what it imports takes time that few searches need
+    from qdist.search.statistics import CandidateStatistics
 
 _KEPT_PLANNERS = 4
 
@@ -83,7 +88,8 @@ class LayerSamples:
 class TrialSetup:
     """What a worker needs besides the candidate. Picklable. ``reference``: `Scorer.reference` of
     a scorer that lives until the search has ended. ``layers``: None where no layer is compared.
-    ``factors``: what factors of smoothing come from; None: ``record``."""
+    ``statistics``: what measures for candidates with statistics of their own; None where there may
+    be none. It goes to workers packed (`packed`), since few searches need it."""
 
     frozen: FrozenModel
     record: CalibrationRecord
@@ -96,7 +102,11 @@ class TrialSetup:
     reference: Path | None = None
     scorer_options: dict[str, Any] = field(default_factory=dict)
     layers: LayerSamples | None = None
-    factors: CalibrationRecord | None = None
+    statistics: CandidateStatistics | bytes | None = None
+
+    def packed(self) -> TrialSetup:
+        """The same, to be sent to workers."""
+        return replace(self, statistics=pickle.dumps(self.statistics))
 
 
 class TrialWorker:
@@ -112,11 +122,12 @@ class TrialWorker:
         self._planner: Planner | None = None
         self._planners: dict[object, Planner] = {}
         self._scorer: Scorer | None = None
+        self._statistics: CandidateStatistics | None = None
         self._in_place: InPlace | None = None
         self._compared = ""
 
     def setup(self) -> dict[str, Any]:
-        """Index the model."""
+        """Index the model; says under which fingerprint it runs."""
         s = self._setup
         graph = Graph(s.frozen, s.execution)
         self._planner = Planner(graph, s.record, s.taps, s.settings)
@@ -128,9 +139,24 @@ class TrialWorker:
             reference=s.reference,
             **s.scorer_options,
         )
-        return {}
+        return {"fingerprint": fingerprint(s.execution)}
 
-    def run(self, task: TrialTask) -> PlanResult | Twin:
+    def run(self, task: TrialTask | StatisticsTask) -> PlanResult | Twin | Measured:
+        """Score a candidate, or measure what candidates need. Safe to run twice."""
+        if isinstance(task, StatisticsTask):
+            return run_statistics(task, self._measuring())
+        return self._run_trial(task)
+
+    def _measuring(self) -> CandidateStatistics:
+        if self._statistics is None:
+            given = self._setup.statistics
+            found = pickle.loads(given) if isinstance(given, bytes) else given
+            if found is None:
+                raise RuntimeError("nothing measures for candidates of this search")
+            self._statistics = found
+        return self._statistics
+
+    def _run_trial(self, task: TrialTask) -> PlanResult | Twin:
         """Plan, write, load and score one candidate, unless its plan was scored before or is being
         scored. One that the target refuses, that cannot be written, loaded or scored has a reason
         and no report. What was scored is on disk when this returns."""
@@ -174,8 +200,8 @@ class TrialWorker:
             self._planners[key] = planner_with(
                 self._planner,
                 dict(task.settings),
-                lambda _: self._statistics(task),
-                self._setup.factors,
+                lambda _: self._record(task),
+                self._factors(task),
             )
         return self._planners[key]
 
@@ -183,7 +209,11 @@ class TrialWorker:
         """The float model that the task's plan is for: smoothed, where its settings say so."""
         return self._planner_for(task).graph.model
 
-    def _statistics(self, task: TrialTask) -> CalibrationRecord:
+    def _factors(self, task: TrialTask) -> CalibrationRecord | None:
+        is_smoothed = any(name == "smoothing" for name, _ in task.settings)
+        return self._measuring().factors if is_smoothed else None
+
+    def _record(self, task: TrialTask) -> CalibrationRecord:
         if task.statistics is None:
             raise RuntimeError(f"no statistics of {dict(task.settings)} came with the task")
         return read_record(task.statistics, self._setup.taps.tensors)

@@ -17,19 +17,22 @@ from pathlib import Path
 from typing import TypeAlias
 
 from actors.events import Worker
+from actors.fingerprints import refuse_mixed
 from actors.outcome import Hooks, Limits, Outcome, Stopped, incumbent_maker
 from actors.pool import Completed, Failed, Retried, WorkerLost, WorkerPool
 from actors.session import ClusterSpec, ray_session
+from actors.statistics import Measured, Orders, StatisticsTask
 from actors.trial_book import TrialBook
 from actors.trial_worker import TrialSetup, TrialTask, TrialWorker, Twin
 from qdist.errors import QdistError
 from qdist.evaluate.early import Incumbent
 from qdist.search.ahead import Foresighted
-from qdist.search.applied import needs_statistics
 from qdist.search.results import PlanResult
+from qdist.search.statistics import CandidateStatistics
 from qdist.search.trial import Candidate, Strategy, Trial, best_of
 
-_Answer: TypeAlias = PlanResult | Twin
+_Task: TypeAlias = TrialTask | StatisticsTask
+_Answer: TypeAlias = PlanResult | Twin | Measured
 
 
 def tune(
@@ -48,23 +51,33 @@ def tune(
     known = replace(
         limits or Limits(), layers_of=layers_of, incumbent_of=incumbent_maker(setup.evaluation)
     )
-    return search(strategy, partial(TrialWorker, setup), cluster, book, known, hooks)
+    measuring = setup.statistics
+    orders = Orders(
+        book.statistics,
+        measuring if isinstance(measuring, CandidateStatistics) else None,
+        cluster.n_workers,
+    )
+    make_worker = partial(TrialWorker, setup.packed())
+    return search(strategy, make_worker, cluster, book, known, hooks, orders)
 
 
 def search(
     strategy: Strategy,
-    make_worker: Callable[[], Worker[TrialTask, _Answer]],
+    make_worker: Callable[[], Worker[_Task, _Answer]],
     cluster: ClusterSpec,
     book: TrialBook,
     limits: Limits,
     hooks: Hooks | None = None,
+    orders: Orders | None = None,
 ) -> Outcome:
-    """`tune`, with workers of the caller's own."""
+    """`tune`, with workers of the caller's own. ``orders``: what candidates with statistics of
+    their own wait for; None: only those that are in the book's folder."""
+    orders = orders or Orders(book.statistics, None, cluster.n_workers)
     with (
         ray_session(cluster),
-        WorkerPool[TrialTask, _Answer](cluster, make_worker, name="trial", prefetch=0) as pool,
+        WorkerPool[_Task, _Answer](cluster, make_worker, name="trial", prefetch=0) as pool,
     ):
-        return _Search(strategy, pool, book, limits, hooks or Hooks()).run()
+        return _Search(strategy, pool, book, limits, hooks or Hooks(), orders).run()
 
 
 @dataclass(slots=True)
@@ -83,16 +96,18 @@ class _Search:
     def __init__(
         self,
         strategy: Strategy,
-        pool: WorkerPool[TrialTask, _Answer],
+        pool: WorkerPool[_Task, _Answer],
         book: TrialBook,
         limits: Limits,
         hooks: Hooks,
+        orders: Orders,
     ) -> None:
         self._strategy = strategy
         self._pool = pool
         self._book = book
         self._limits = limits
         self._hooks = hooks
+        self._orders = orders
         self._trials: dict[int, Trial] = {}
         self._round = _Round({})
         self._incumbent: Incumbent | None = None
@@ -192,13 +207,29 @@ class _Search:
         return not wanted or result.has_layers(self._limits.layers_of)
 
     def _submit(self, key: str, candidate: Candidate) -> None:
-        try:
-            statistics = self._statistics_for(candidate)
-        except QdistError as error:
-            lost = PlanResult(digest="", report=None, n_bytes=0, reason=str(error))
-            self._known(key, lost)
-            return
+        """Have a candidate scored, once its statistics are there."""
         self._running[key] = candidate
+        statistics = self._orders.path_of(candidate.settings)
+        if statistics is None or statistics.exists():
+            self._hand_in(key, candidate, statistics)
+            return
+        try:
+            if self._orders.fingerprint is not None:
+                refuse_mixed(self._orders.fingerprint, self._pool.facts)
+            tasks = self._orders.wait(statistics, (key, candidate))
+        except QdistError as error:
+            self._lose(key, error)
+            return
+        for task in tasks:
+            self._pool.submit(task)
+
+    def _lose(self, key: str, error: BaseException) -> None:
+        """Nothing is to be had for these choices. Of the others' results nothing is lost."""
+        self._release(key)
+        self._running.pop(key)
+        self._known(key, PlanResult(digest="", report=None, n_bytes=0, reason=str(error)))
+
+    def _hand_in(self, key: str, candidate: Candidate, statistics: Path | None) -> None:
         self._pool.submit(
             TrialTask(
                 key=key,
@@ -214,13 +245,6 @@ class _Search:
             )
         )
 
-    def _statistics_for(self, candidate: Candidate) -> Path | None:
-        """The file with what the candidate's ranges come from; None for the run's own."""
-        make = self._hooks.statistics
-        if make is None or not needs_statistics(candidate.settings):
-            return None
-        return make(candidate.settings)
-
     def _take(self, event: object) -> None:
         tell = self._hooks.on_message or (lambda text: None)
         match event:
@@ -231,13 +255,20 @@ class _Search:
                 self._running.pop(task.key)
                 self._known(task.key, result)
             case Failed(task=TrialTask() as task, error=error):
-                # Of the other trials' results nothing is lost, whatever it was.
-                lost = PlanResult(digest="", report=None, n_bytes=0, reason=str(error))
-                self._release(task.key)
-                self._running.pop(task.key)
-                self._known(task.key, lost)
+                self._lose(task.key, error)
+            case Completed(task=StatisticsTask() as order):
+                tasks, ready = self._orders.done(order)
+                for each in tasks:
+                    self._pool.submit(each)
+                for key, candidate in ready:
+                    self._hand_in(key, candidate, order.path)
+            case Failed(task=StatisticsTask() as order, error=error):
+                for key, _ in self._orders.failed(order):
+                    self._lose(key, error)
             case Retried(task=TrialTask() as task, reason=reason):
                 tell(f"trial {task.number} is tried again: {reason}")
+            case Retried(task=StatisticsTask() as order, reason=reason):
+                tell(f"statistics {order.path.stem} are measured again: {reason}")
             case WorkerLost(worker=worker, reason=reason):
                 tell(f"worker {worker} is gone: {reason}")
             case _:
@@ -271,6 +302,7 @@ class _Search:
             self._known(twin, replace(result, reused=True))
 
     def _finish(self, key: str, candidate: Candidate, result: PlanResult) -> None:
+        cost, costs = self._hooks.cost, self._hooks.costs
         trial = Trial(
             candidate=candidate,
             report=result.report,
@@ -278,12 +310,12 @@ class _Search:
             reason=result.reason,
             details={**result.details, "reused": result.reused},
             layers=result.layers if candidate.wants_layers else {},
+            cost=cost(candidate.choices) if cost else None,
         )
         del self._round.waiting[candidate.number]
         self._round.by_key[key].remove(candidate)
         self._round.finished.append(trial)
         self._n_reused += result.reused
-        costs = self._hooks.costs
         self._book.finish(trial, result.digest, costs(candidate.choices) if costs else {})
         if self._hooks.on_trial is not None:
             self._hooks.on_trial(trial)

@@ -37,6 +37,7 @@ from actors.trial_book import open_book
 from actors.trial_worker import TrialSetup
 from actors.tune import tune
 from qdist.calibration import CalibrationSettings, calibrate_here, prepare
+from qdist.cli.commands.trial_models import TrialModels
 from qdist.cli.commands.tune_log import TrialLog
 from qdist.cli.tracking import TrackingSpec, open_tracker
 from qdist.data.arrays import ArraySource
@@ -229,7 +230,7 @@ def _measured(subject: Subject, folder: Path, n: int, workers: int) -> dict[str,
     )
     with open_tracker(tracked, spool_folder=folder) as tracker:
         parent = tracker.start_run("bench", command="tune", config={})
-        log = TrialLog(parent, book.folder, "stories260K", "all")
+        log = TrialLog(parent, TrialModels(folder=book.folder), "stories260K", "all")
 
         def on_trial(trial: Trial) -> None:
             ends.append(time.perf_counter())

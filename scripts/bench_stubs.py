@@ -12,9 +12,11 @@ from typing import Any
 
 from actors.outcome import Limits, Outcome
 from actors.session import ClusterSpec, ray_session
+from actors.statistics import StatisticsTask
 from actors.trial_book import open_book
 from actors.trial_worker import TrialTask
 from actors.tune import search
+from qdist.cli.commands.trial_models import TrialModels
 from qdist.cli.commands.tune_log import TrialLog
 from qdist.cli.tracking import TrackingSpec, open_tracker
 from qdist.evaluate.report import EvalReport
@@ -49,8 +51,10 @@ class Idle:
         """Nothing to get ready."""
         return {}
 
-    def run(self, task: TrialTask) -> PlanResult:
+    def run(self, task: TrialTask | StatisticsTask) -> PlanResult:
         """A made-up score."""
+        if not isinstance(task, TrialTask):
+            raise TypeError("candidates here have no statistics of their own")
         score = int(task.key[:8], 16) / 16**8
         report = EvalReport(
             score=score,
@@ -114,7 +118,7 @@ def tracking(uri: str, folder: Path, n: int = 500) -> dict[str, Any]:
     worker = Idle()
     with open_tracker(tracked, spool_folder=folder) as tracker:
         parent = tracker.start_run("many", command="tune", config={})
-        log = TrialLog(parent, folder / "none", "stub", "all")
+        log = TrialLog(parent, TrialModels(folder=folder / "none"), "stub", "all")
         with log:
             for candidate in _stub_candidates(n):
                 task = TrialTask(

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_accuracy_scores import Parts
 from compare_strategies_runs import CONTENDERS, FIFTHS, Search, Unseen, place_of, run_search
 from compare_strategies_table import FLOAT, ModelRuns, markdown, reported
 
+from qdist.evaluate.metrics.batch import Parts
 from qdist.files import make_folder, write_json
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from bench_accuracy_scores import Parts
 from omegaconf import OmegaConf
 from score_models import MODELS
 
@@ -21,6 +20,7 @@ from qdist.cli.compose import validated
 from qdist.cli.schema import TuneSettings
 from qdist.evaluate.builtin import DatasetEvaluation, Outputs, Runner, batches
 from qdist.evaluate.metrics import find_metric
+from qdist.evaluate.metrics.batch import Parts
 from qdist.evaluate.report import EvalReport
 from qdist.search.trial import Candidate, Trial, best_of
 
@@ -127,12 +127,13 @@ class Tried:
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         """From `to_json`, or a ``trial.json``."""
         report = value["report"]
+        cost = float(value["costs"][f"cost_{COST}"])
         trial = Trial(
             candidate=Candidate(number=int(value["number"]), label=str(value["label"]), choices={}),
             report=None if report is None else EvalReport.from_json(report),
             n_bytes=int(value["n_bytes"]),
+            cost=cost,
         )
-        cost = float(value["costs"][f"cost_{COST}"])
         return cls(trial=trial, cost=cost, plan=str(value["plan"]))
 
 

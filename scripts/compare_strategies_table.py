@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from bench_accuracy_scores import Difference, Parts, Scores, discordant, paired
+from bench_accuracy_scores import Scores, discordant, paired
 from bench_accuracy_table import table
 from compare_strategies_runs import CONTENDERS, OURS, Search, Tried, rival_of
 
 from qdist.evaluate.metrics import find_metric
+from qdist.evaluate.metrics.batch import Parts
+from qdist.evaluate.paired import Difference
 
 FLOAT = "float"
 """Among the unseen scores of a model, those of the float model."""
@@ -109,8 +111,7 @@ def gain(runs: ModelRuns, ours: Tried, theirs: Tried) -> Difference:
     one, other = (runs.scores(entry.plan) for entry in (ours, theirs))
     if find_metric(metric).higher_is_better:
         return paired(one, other, metric)
-    found = paired(other, one, metric)
-    return Difference(mean=found.mean, low=found.low, high=found.high)
+    return paired(other, one, metric)
 
 
 def markdown(models: Iterable[ModelRuns]) -> str:

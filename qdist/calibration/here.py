@@ -12,7 +12,7 @@ from qdist.calibration.measure import run_shard
 from qdist.calibration.merge import Merged, recall
 from qdist.calibration.prefix import merge_first
 from qdist.calibration.run import complete
-from qdist.calibration.work import Work
+from qdist.calibration.work import Work, open_work
 from qdist.data.source import DataSource
 from qdist.stats.observer import Observer
 from qdist.store.protocol import CalibrationStore
@@ -41,6 +41,12 @@ def calibrate_here(
     if job.settings.n_blocks > 1:
         merge_blocks(job, store, measure)
     return recall(job, store) or complete(job, store, measure)
+
+
+def measure_here(job: CalibrationJob, source: DataSource, store: CalibrationStore) -> None:
+    """Measure what the store lacks, one shard after the other, without merging. Raises what a shard
+    raises."""
+    _measure(job, source, store, open_work(job, store))
 
 
 def statistics_here(

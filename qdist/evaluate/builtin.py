@@ -17,6 +17,7 @@ from qdist.data.shards import stack
 from qdist.data.source import DataSource, Feeds
 from qdist.errors import DataError, EvaluationError
 from qdist.evaluate.metrics import Accumulator, find_metric
+from qdist.evaluate.metrics.batch import Parts
 from qdist.evaluate.report import EvalReport
 from qdist.model.session import Execution, run, scoring_session
 
@@ -138,13 +139,15 @@ def evaluate_on(
     *,
     keep: Callable[[Outputs], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
+    on_parts: Callable[[Parts], None] | None = None,
 ) -> EvalReport:
     """Measure the metric, and with a reference the label-free ones beside it.
 
     ``reference``: the float model's outputs, run by run. ``keep``: says that this is the float
     model, whose outputs are their own reference, and takes those of each run. ``on_progress(n)``:
-    samples done so far. A metric beside the score that does not fit the model is left out, with
-    a line in the report's log. Raises `DataError`, QD205, QD704.
+    samples done so far. ``on_parts`` takes the score's parts, sample by sample. A metric beside the
+    score that does not fit the model is left out, with a line in the report's log. Raises
+    `DataError`, QD205, QD704.
     """
     begin = time.perf_counter()
     metric = find_metric(evaluation.metric)
@@ -164,6 +167,8 @@ def evaluate_on(
         n += len(batch.keys)
         if on_progress is not None:
             on_progress(n)
+    if on_parts is not None:
+        on_parts(score.parts())
     results = {evaluation.metric: score.result(), **(beside.results() if beside else {})}
     return EvalReport(
         score=results[evaluation.metric],

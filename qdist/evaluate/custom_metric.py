@@ -35,12 +35,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qdist.data.executor import place_of
 from qdist.data.source import DataSource
-from qdist.errors import ConfigError, EvaluationError, QdistError
+from qdist.errors import ConfigError, QdistError
 from qdist.evaluate.blob import as_nchw, file_names, read_blob, sample_names, write_blob
 from qdist.evaluate.builtin import Runner, batches
 from qdist.evaluate.report import EvalReport, named_numbers, unusable
+from qdist.evaluate.user_code import code_failed
 from qdist.files import make_folder, write_text
 from qdist.targets import load_module
 
@@ -148,13 +148,7 @@ class ClassEvaluation:
             except QdistError:
                 raise
             except (Exception, SystemExit) as error:
-                raise EvaluationError(
-                    "QD705",
-                    where=place_of(error, kind),
-                    got=f"{type(error).__name__}: {error}",
-                    expected=f"{self.metric_cls} to return its metric",
-                    mend="correct the class there",
-                ) from error
+                raise code_failed(error, self.metric_cls, kind) from error
         numbers = self._numbers(result if accumulated is None else accumulated)
         return EvalReport(
             score=numbers[self.metric_cls],

@@ -28,11 +28,12 @@ from typing import Any
 
 import numpy as np
 
-from qdist.data.executor import Executor, place_of
-from qdist.errors import EvaluationError, QdistError
+from qdist.data.executor import Executor
+from qdist.errors import QdistError
 from qdist.evaluate.early import Incumbent, Race, check_range
 from qdist.evaluate.register import load_function
 from qdist.evaluate.report import SCORE, EvalReport, choose_score, named_numbers, unusable
+from qdist.evaluate.user_code import code_failed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,13 +101,7 @@ class FunctionEvaluation:
         except QdistError:
             raise
         except (Exception, SystemExit) as error:
-            raise EvaluationError(
-                "QD705",
-                where=place_of(error, function),
-                got=f"{type(error).__name__}: {error}",
-                expected=f"{self.target} to return its metric",
-                mend="correct the function there",
-            ) from error
+            raise code_failed(error, self.target, function) from error
         report = self._report(
             self._with_mean(result, scores) if is_generator else result,
             time.perf_counter() - started,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from qdist.evaluate.command import CommandEvaluation
 from qdist.evaluate.custom_metric import ClassEvaluation
 from qdist.evaluate.early import Incumbent
 from qdist.evaluate.function import Executor, FunctionEvaluation
+from qdist.evaluate.metrics.batch import Parts
 from qdist.evaluate.reference import append_outputs, read_outputs
 from qdist.evaluate.report import EvalReport
 from qdist.files import make_folder, replacing
@@ -76,13 +78,16 @@ class Scorer:
             return self._call(self.evaluation, model, incumbent)
         if isinstance(self.evaluation, ClassEvaluation):
             return self.evaluation.run(Runner(model, self.execution), self.scratch)
-        reference = self.reference
-        if reference is None:
-            report, reference = self._score_float(self.evaluation)
-            if model == self.float_model:
-                return report
-        runner = Runner(model, self.execution)
-        return evaluate_on(runner, self.evaluation, read_outputs(reference))
+        return self._on_data(self.evaluation, model, None)
+
+    def score_samples(self, model: Path) -> tuple[EvalReport, Parts | None]:
+        """`score`, and numerators and denominators of every sample's score, float64 [n] each, for
+        `qdist.evaluate.paired`; None where the evaluation does not give them."""
+        if not isinstance(self.evaluation, DatasetEvaluation):
+            return self.score(model), None
+        found: list[Parts] = []
+        report = self._on_data(self.evaluation, model, found.append)
+        return report, found[-1]
 
     def source(self) -> DataSource | None:
         """The evaluation's own data, where it is a data set."""
@@ -115,7 +120,23 @@ class Scorer:
             self._named = layer_names(Graph(frozen, self.execution))
         return self._named
 
-    def _score_float(self, evaluation: DatasetEvaluation) -> tuple[EvalReport, Path]:
+    def _on_data(
+        self,
+        evaluation: DatasetEvaluation,
+        model: Path,
+        on_parts: Callable[[Parts], None] | None,
+    ) -> EvalReport:
+        reference = self.reference
+        if reference is None:
+            report, reference = self._score_float(evaluation, on_parts)
+            if model == self.float_model:
+                return report
+        runner = Runner(model, self.execution)
+        return evaluate_on(runner, evaluation, read_outputs(reference), on_parts=on_parts)
+
+    def _score_float(
+        self, evaluation: DatasetEvaluation, on_parts: Callable[[Parts], None] | None
+    ) -> tuple[EvalReport, Path]:
         """One pass over the data: the float model's score, and its outputs into the file."""
         runner = Runner(self.float_model, self.execution)
         if self._folder is None:
@@ -124,6 +145,8 @@ class Scorer:
             )
         path = Path(self._folder.name) / "outputs.npy"
         with replacing(path) as temporary, temporary.open("wb") as file:
-            report = evaluate_on(runner, evaluation, keep=partial(append_outputs, file))
+            report = evaluate_on(
+                runner, evaluation, keep=partial(append_outputs, file), on_parts=on_parts
+            )
         self.reference = path
         return report, path

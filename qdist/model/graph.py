@@ -64,6 +64,10 @@ class Graph:
         self.execution = execution or Execution()
         self._ask_runtime(self.execution)
 
+    def __reduce__(self) -> tuple[type[Graph], tuple[FrozenModel, Execution]]:
+        # The index is made again: it is many times the model's size.
+        return Graph, (self.model, self.execution)
+
     def type_of(self, tensor: str) -> TensorType | None:
         """Type of an activation, graph input or initializer; None where nothing tells."""
         return self._types.get(tensor)

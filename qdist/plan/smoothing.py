@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from qdist.errors import ModelError
 from qdist.model.graph import Graph
 from qdist.model.smooth_points import Fold, SmoothPoint, find_points
+from qdist.model.smoothed import smoothed_model
 from qdist.model.smoothing import Smoothing
 from qdist.model.taps import TapTable
 from qdist.stats import grid
@@ -76,6 +77,15 @@ def find_smoothing(
             mend="leave out quantization.smoothing",
         )
     return FoundSmoothing(smoothing=smoothing, left=left)
+
+
+def smoothed_graph(
+    graph: Graph, record: CalibrationRecord, taps: TapTable, alpha: float
+) -> tuple[Graph, FoundSmoothing]:
+    """The graph of the model smoothed with strength ``alpha``, and what was found for that. Raises
+    as `find_smoothing` and `smoothed_model`."""
+    found = find_smoothing(graph, record, taps, alpha)
+    return Graph(smoothed_model(graph, found.smoothing), graph.execution), found
 
 
 def lacking_channels(graph: Graph, record: CalibrationRecord) -> dict[str, int]:

@@ -14,7 +14,7 @@ from qdist.evaluate.compare import LayerComparison
 from qdist.files import write_text
 from qdist.report import text
 from qdist.report.charts import LAYER_ROWS, layer_chart, progress_chart, size_chart
-from qdist.report.values import Summary, TrialRow
+from qdist.report.values import Summary, TrialRow, UnseenRow
 
 TEMPLATE = "page.html.j2"
 
@@ -24,15 +24,20 @@ def write_page(
     summary: Summary,
     layers: Sequence[LayerComparison],
     trials: Sequence[TrialRow] = (),
+    unseen: Sequence[UnseenRow] = (),
 ) -> Path:
     """Write the report to ``path``, whole or not at all. Raises QD603."""
-    return write_text(path, render_page(summary, layers, trials))
+    return write_text(path, render_page(summary, layers, trials, unseen))
 
 
 def render_page(
-    summary: Summary, layers: Sequence[LayerComparison], trials: Sequence[TrialRow] = ()
+    summary: Summary,
+    layers: Sequence[LayerComparison],
+    trials: Sequence[TrialRow] = (),
+    unseen: Sequence[UnseenRow] = (),
 ) -> str:
-    """The report as HTML. Equal arguments give equal text; everything from a model is escaped."""
+    """The report as HTML. Equal arguments give equal text; everything from a model is escaped.
+    ``unseen``: trials on samples that the search did not see."""
     # Undefined names are errors, and every value is escaped: names come from models.
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -40,6 +45,7 @@ def render_page(
     environment.filters.update(
         score=text.score_text,
         change=text.change_text,
+        difference=text.difference_text,
         db=text.db_text,
         cosine=text.cosine_text,
         number=text.number_text,
@@ -59,6 +65,7 @@ def render_page(
         layer_chart=layer_chart(layers),
         n_charted=min(LAYER_ROWS, len(layers)),
         trials=sorted(trials, key=lambda row: row.number),
+        unseen=unseen,
         trial_counts={row.number: text.counts_text(row.counts) for row in trials},
         size_chart=size_chart(summary, trials),
         progress_chart=progress_chart(summary, trials),

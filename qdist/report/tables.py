@@ -24,7 +24,7 @@ from qdist.plan.plan import LayerPlan, QuantizationPlan
 from qdist.plan.quantizer import Quantizer
 from qdist.report import text
 from qdist.report.cells import Name, add_fact, fact_table, plain_table
-from qdist.report.values import Summary, TrialRow
+from qdist.report.values import Summary, TrialRow, UnseenRow
 from qdist.stats.record import CalibrationRecord
 
 _QUANTIZED_TYPES = {
@@ -98,6 +98,28 @@ def trial_table(rows: Sequence[TrialRow]) -> RenderableType:
             Text(text.score_text(row.score), style),
             Text(text.size_text(row.n_bytes) if row.n_bytes else text.UNKNOWN, style),
             Text(text.counts_text(row.counts), style),
+        )
+    return table
+
+
+def unseen_table(rows: Sequence[UnseenRow], n_samples: int) -> RenderableType:
+    """The front on samples that the search did not see: each trial's score, and how much better it
+    is than the plain plan and the float model, with intervals. What counts is bold."""
+    table = plain_table(f"{n_samples} samples that the search did not see")
+    table.add_column("trial", justify="right", no_wrap=True)
+    table.add_column("what")
+    table.add_column("score", justify="right", no_wrap=True)
+    table.add_column("better than the plain plan", justify="right")
+    table.add_column("than the float model", justify="right")
+    table.caption = "intervals of 95 %, paired by sample; bold where a difference counts"
+    for row in rows:
+        style = "bold green" if row.is_best else ""
+        table.add_row(
+            Text(f"{'* ' if row.is_best else ''}{row.number}", style),
+            Text(row.label, style),
+            Text(text.score_text(row.score), style),
+            Text(text.difference_text(row.over_plain), "bold" if row.sure_plain else ""),
+            Text(text.difference_text(row.over_float), "bold" if row.sure_float else ""),
         )
     return table
 

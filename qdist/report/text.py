@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # importing SciPy takes time that other commands should not pay
+    from qdist.evaluate.paired import Difference
 
 ELLIPSIS = "\u2026"
 MINUS = "\u2212"
@@ -46,6 +50,14 @@ def change_text(value: float | None) -> str:
     if value == 0 or not any(digit in text for digit in "123456789"):
         return "\u00b10"
     return f"{'+' if value > 0 else MINUS}{text}"
+
+
+def difference_text(found: Difference | None) -> str:
+    """A difference with its interval."""
+    if found is None:
+        return UNKNOWN
+    low, high = change_text(found.low), change_text(found.high)
+    return f"{change_text(found.mean)} ({low} .. {high})"
 
 
 def number_text(value: float) -> str:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from qdist.evaluate.compare import LayerComparison
 from qdist.evaluate.evaluation_run import EvaluationRun
+
+if TYPE_CHECKING:  # importing SciPy takes time that other commands should not pay
+    from qdist.evaluate.paired import Difference
 
 STATUSES = ("ok", "failed")
 
@@ -61,6 +65,23 @@ class Summary:
     def size_share(self) -> float | None:
         """Quantized size over float size; None when the latter is unknown."""
         return self.quantized_bytes / self.float_bytes if self.float_bytes else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnseenRow:
+    """A trial on samples that its search did not see. ``score``: there. ``over_plain`` and
+    ``over_float``: how much better than the plain plan and the float model, negative where worse;
+    None where that is not known, or of the plain plan itself. ``sure_plain`` and ``sure_float``:
+    whether the difference counts (`qdist.evaluate.paired`)."""
+
+    number: int
+    label: str
+    score: float
+    over_plain: Difference | None
+    over_float: Difference | None
+    sure_plain: bool = False
+    sure_float: bool = False
+    is_best: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,10 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from qdist.model.graph import Graph
-from qdist.model.smoothed import smoothed_model
 from qdist.plan.planner import Planner
-from qdist.plan.smoothing import find_smoothing
+from qdist.plan.smoothing import smoothed_graph
 from qdist.search.trial import Settings
 from qdist.stats.record import CalibrationRecord
 
@@ -39,8 +37,7 @@ def planner_with(
     graph, old = planner.graph, planner.settings
     if "smoothing" in settings:
         alpha = float(settings["smoothing"])
-        found = find_smoothing(graph, factors or planner.record, planner.taps, alpha)
-        graph = Graph(smoothed_model(graph, found.smoothing), graph.execution)
+        graph, _ = smoothed_graph(graph, factors or planner.record, planner.taps, alpha)
     record = statistics(settings) if needs_statistics(settings) else planner.record
     new = replace(old, saturation_parameters={**old.saturation_parameters, **parameters})
     return Planner(graph, record, planner.taps, new)

@@ -128,21 +128,32 @@ class Knapsack:
             return None
         return Solution(picks=picks, harm=self.harm(picks), cost=self.cost(picks))
 
+    @property
+    def is_small(self) -> bool:
+        """Whether a front is solved budget by budget."""
+        return self.n_items <= EXACT_ITEMS or bool(self.implied)
+
+    def ends(self, budget: float = _INFINITE) -> tuple[Solution, ...]:
+        """The cheapest choice and the least harmful one that cost at most ``budget``, by cost, none
+        dominated by the other; none where nothing fits."""
+        low = self.solve(budget, cheapest=True)
+        high = self.solve(budget)
+        if low is None or high is None:
+            return ()
+        # Of all choices of the least cost, the one of least harm.
+        return undominated((self.solve(low.cost) or low, high))
+
     def front(self, n_budgets: int, budget: float = _INFINITE) -> tuple[Solution, ...]:
         """Solutions of least harm from the cheapest choice to the least harmful, for some
         ``n_budgets`` budgets between them, at most ``budget``; by cost, none dominated by another.
 
         Exact for small knapsacks; large ones are swept by `qdist.search.lagrange` in between.
         """
-        low = self.solve(budget, cheapest=True)
-        high = self.solve(budget)
-        if low is None or high is None:
+        found = list(self.ends(budget))
+        if not found:
             return ()
-        # Of all choices of the least cost, the one of least harm.
-        low = self.solve(low.cost) or low
-        found = [low, high]
-        if self.n_items <= EXACT_ITEMS or self.implied:
-            budgets = np.linspace(low.cost, high.cost, n_budgets)[1:-1]
+        if self.is_small:
+            budgets = np.linspace(found[0].cost, found[-1].cost, n_budgets)[1:-1]
             found += [s for s in (self.solve(float(step)) for step in budgets) if s is not None]
         else:
             for picks in swept(self, n_budgets):
@@ -228,11 +239,27 @@ class _Program:
             costs = {(a, b): edge.conversion.get((a, b), 0.0) for a in sources for b in readers}
             if not any(costs.values()):
                 continue
+            if len({*sources, *readers}) == 2 and not any(costs.get((a, a)) for a in sources):
+                self._add_switch(sources, readers, costs)
+                continue
             flows = {pair: self._new(cost=cost) for pair, cost in costs.items()}
             for position, ends in enumerate((sources, readers)):
                 for kind, columns in ends.items():
                     row = {flows[pair]: 1.0 for pair in flows if pair[position] == kind}
                     self._rows.append((row | dict.fromkeys(columns, -1.0), 0.0, 0.0))
+
+    def _add_switch(
+        self,
+        sources: Mapping[str, list[int]],
+        readers: Mapping[str, list[int]],
+        costs: Mapping[tuple[str, str], float],
+    ) -> None:
+        """Of two types, what is y[a, b] in the transport problem is what the source has of a beyond
+        what the reader has: half of the columns and rows, and as tight."""
+        for (a, b), cost in costs.items():
+            if a != b and cost > 0:
+                row = dict.fromkeys(sources[a], 1.0) | dict.fromkeys(readers.get(a, ()), -1.0)
+                self._rows.append(({**row, self._new(cost=cost): -1.0}, -np.inf, 0.0))
 
     def _add_pairs(self) -> None:
         for pair in self._knapsack.pairs:

@@ -30,6 +30,7 @@ from qdist.search.greedy import Greedy, greedy_for
 from qdist.search.knapsack import Knapsack, Solution
 from qdist.search.problem import SearchProblem
 from qdist.search.settings import SearchSettings
+from qdist.search.sweep import PredictedFront
 from qdist.search.trial import Candidate, Choices, Trial, choices_key
 
 
@@ -47,7 +48,7 @@ class Pareto:
         self._round = 0
         self._idle = 0
         self._front = Front(unit=problem.costs.unit, higher_is_better=problem.higher_is_better)
-        self._predicted: tuple[Solution, ...] = ()
+        self._predicted: PredictedFront | None = None
         self._greedy: Greedy | None = None
         self._greedy_asked: list[Candidate] = []
         if settings.include_greedy:
@@ -60,8 +61,8 @@ class Pareto:
 
     @property
     def predicted(self) -> tuple[Solution, ...]:
-        """The front that the last round solved for."""
-        return self._predicted
+        """What the last round solved of its front."""
+        return () if self._predicted is None else self._predicted.solutions
 
     def ask(self) -> list[Candidate]:
         """The next round; empty when the search is over."""
@@ -101,14 +102,14 @@ class Pareto:
     def _own(self) -> list[Candidate]:
         knapsack = self._table.knapsack(self._weights)
         limit = math.inf if self._settings.budget is None else self._settings.budget
-        self._predicted = knapsack.front(self._settings.n_budgets, limit)
+        self._predicted = PredictedFront(knapsack, self._settings.n_budgets, limit)
         found: list[Candidate] = []
         if self._round == 0:
             self._add(found, "plain", self._problem.plain, None)
             for label, choices, harm in self._first(knapsack, limit):
                 self._add(found, label, choices, harm)
         while len(found) < self._settings.trials_per_round:
-            picked = self._next(knapsack, found)
+            picked = self._next(self._predicted, found)
             if picked is None or not self._add(found, *picked):
                 break
         return found
@@ -118,29 +119,31 @@ class Pareto:
         that costs no more than the plain plan, the plain plan with another threshold method, and
         the other end of the front."""
         plain_cost = self._problem.cost(self._problem.plain)
-        if self._predicted:
-            yield "least harm", self._choices(self._predicted[-1]), self._predicted[-1].harm
+        ends = self.predicted
+        if ends:
+            yield "least harm", self._choices(ends[-1]), ends[-1].harm
         free = knapsack.solve(min(limit, plain_cost))
         if free is not None:
             yield "least harm at no more cost", self._choices(free), free.harm
         other = self._table.other_method() if plain_cost <= limit else None
         if other is not None:
             yield f"{other[0]} everywhere", other[1], sum(self._table.harms_of(other[1]))
-        if self._predicted:
-            yield "cheapest", self._choices(self._predicted[0]), self._predicted[0].harm
+        if ends:
+            yield "cheapest", self._choices(ends[0]), ends[0].harm
 
     def _next(
-        self, knapsack: Knapsack, found: list[Candidate]
+        self, predicted: PredictedFront, found: list[Candidate]
     ) -> tuple[str, Choices, float] | None:
         """The unseen plan of the predicted front that tells most."""
-        open_ = [s for s in self._predicted if not self._is_seen(self._choices(s))]
-        if not open_ or self._n_own >= self._settings.max_trials:
+        if self._n_own >= self._settings.max_trials:
             return None
-        gaps = self._gaps(found)
-        best = max(open_, key=lambda s: (self._is_wanted(s), gaps.worth(s.cost), -s.cost))
-        exact = knapsack.solve(best.cost)
-        if exact is not None and not self._is_seen(self._choices(exact)):
-            best = exact
+        gaps, low, high = self._gaps(found), *self._wanted_costs()
+        best = predicted.best(
+            lambda solution: not self._is_seen(self._choices(solution)),
+            lambda cost: (low < cost < high, gaps.worth(cost), -cost),
+        )
+        if best is None:
+            return None
         label = cost_text(self._problem.costs.unit, best.cost)
         return label, self._choices(best), best.harm
 
@@ -154,10 +157,10 @@ class Pareto:
             gaps = gaps.with_plan(self._problem.cost(candidate.choices))
         return gaps
 
-    def _is_wanted(self, solution: Solution) -> bool:
-        """Whether a plan lies where there is something to be found. Beyond a plan that is as good
-        as the float model, or as the target, there is nothing; nor, with a target, below one that
-        misses it."""
+    def _wanted_costs(self) -> tuple[float, float]:
+        """Between which costs there is something to be found. Beyond a plan that is as good as the
+        float model, or as the target, there is nothing; nor, with a target, below one that misses
+        it."""
         target, low = self._settings.target, 0.0
         gain = self._front.gain
         if target is not None:
@@ -165,9 +168,9 @@ class Pareto:
             low = max(failed, default=0.0)
         enough = self._problem.float_score if target is None else target
         if enough is None:
-            return True
+            return -math.inf, math.inf
         met = [p.cost for p in self._front.points if gain(p.score) >= gain(enough)]
-        return low < solution.cost < min(met, default=math.inf)
+        return low, min(met, default=math.inf)
 
     def _choices(self, solution: Solution) -> Choices:
         return self._table.choices(solution.picks)

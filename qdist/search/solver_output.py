@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 _STRAY = b"HighsMipSolverData::"
 _STDOUT = 1
@@ -22,16 +23,15 @@ _lock = threading.Lock()
 def without_stray_lines() -> Iterator[None]:
     """Keep the solver's stray lines from standard output. What others write there meanwhile comes
     out when the block is left. Where standard output is closed nothing happens."""
-    with _lock, tempfile.TemporaryFile() as caught:
+    with _lock:
         _flush()
         try:
             before = os.dup(_STDOUT)
         except OSError:
-            before = None
-        if before is None:
             yield
             return
-        os.dup2(caught.fileno(), _STDOUT)
+        caught = _catching(os.getpid())
+        os.dup2(caught, _STDOUT)
         try:
             yield
         finally:
@@ -39,15 +39,38 @@ def without_stray_lines() -> Iterator[None]:
             _flush()
             os.dup2(before, _STDOUT)
             os.close(before)
-            caught.seek(0)
-            for line in caught:
+            for line in _taken(caught).splitlines(keepends=True):
                 if not line.startswith(_STRAY):
                     _write(line)
 
 
+@cache
+def _catching(process: int) -> int:
+    """The open file that catches, one for each process: solves are many, and a child of a fork must
+    not share its place in the file with its parent."""
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _taken(caught: int) -> bytes:
+    """What the file holds, which is empty afterwards."""
+    size = os.lseek(caught, 0, os.SEEK_CUR)
+    if not size:
+        return b""
+    text = os.pread(caught, size, 0)
+    os.lseek(caught, 0, os.SEEK_SET)
+    os.ftruncate(caught, 0)
+    return text
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
 def _flush() -> None:
     """The C library's buffers, of all its streams."""
-    ctypes.CDLL(None).fflush(None)
+    _libc().fflush(None)
 
 
 def _write(text: bytes) -> None:

@@ -63,8 +63,9 @@ EVALUATION = "evaluation"
 class Trial:
     """A finished candidate: its report, or the reason why there is none.
 
-    ``n_bytes``: size of its artifact; 0 when none was written. ``layers``: layer -> deviation of
-    its output in place, in the whole quantized model; empty unless the candidate asked for it.
+    ``n_bytes``: size of its artifact; 0 when none was written. ``cost``: of its plan, in the unit
+    of the search; None where nobody says, and bytes stand in. ``layers``: layer -> deviation of its
+    output in place, in the whole quantized model; empty unless the candidate asked for it.
     """
 
     candidate: Candidate
@@ -73,6 +74,7 @@ class Trial:
     reason: str = ""
     details: Mapping[str, object] = field(default_factory=dict)
     layers: Mapping[str, Deviation] = field(default_factory=dict)
+    cost: float | None = None
 
     @property
     def evaluation(self) -> EvaluationRun | None:
@@ -83,14 +85,17 @@ class Trial:
         return EvaluationRun.from_json(failed) if isinstance(failed, Mapping) else None
 
     @property
-    def rank(self) -> tuple[float, float, float, float]:
-        """Larger is better: scored to the end, the score, the smaller artifact, output SQNR."""
+    def rank(self) -> tuple[float, float, float, float, float]:
+        """Larger is better: scored to the end, the score, the lower cost, output SQNR, the smaller
+        artifact."""
         if self.report is None:
-            return (float("-inf"),) * 4
+            return (float("-inf"),) * 5
         sign = 1.0 if self.report.higher_is_better else -1.0
         closeness = self.report.metrics.get("sqnr_db", 0.0)
         whole = 0.0 if self.report.stopped_early else 1.0
-        return (whole, sign * self.report.score, -float(self.n_bytes), closeness)
+        n_bytes = float(self.n_bytes)
+        cost = n_bytes if self.cost is None else self.cost
+        return (whole, sign * self.report.score, -cost, closeness, -n_bytes)
 
 
 class Strategy(Protocol):

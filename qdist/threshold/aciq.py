@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from scipy.optimize import brentq
 
 from qdist.stats.histogram import Density
 from qdist.threshold.clip import Levels
@@ -45,6 +44,9 @@ def optimal_clip(distribution: str, n_levels: float, *, one_sided: bool = False)
         raise ValueError(f"no clip of a {distribution} distribution at {n_levels} levels")
     four_to_bits = float(n_levels) ** 2 * (4.0 if one_sided else 1.0)
     slope = _laplace_slope if distribution == "laplace" else _gauss_slope
+    # A quarter of a second to import, which workers that need no clip should not pay.
+    from scipy.optimize import brentq
+
     # At 2 levels the zero lies above 1; at 2^32 still below 50.
     return float(brentq(slope, 0.1, 60.0, args=(four_to_bits,), xtol=1e-12, rtol=1e-12))
 

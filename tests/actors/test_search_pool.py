@@ -27,9 +27,10 @@ from qdist.plan.plan import load_plan
 from qdist.plan.planner import Planner
 from qdist.plan.resolved import resolved_digest
 from qdist.search.applied import planner_with
-from qdist.search.trial import Candidate, Settings, Trial
+from qdist.search.statistics import CandidateStatistics
+from qdist.search.trial import Candidate, Choices, Settings, Trial
 from qdist.stats.record import CalibrationRecord
-from qdist.store.record_file import write_record
+from qdist.store.record_file import read_record
 from qdist.store.zarr_store import create_store
 from tests.onnx_models import ANY_TARGET, EXECUTION, samples_of
 
@@ -128,7 +129,8 @@ def bench(cluster: RaySession, tmp_path: Path) -> Bench:
     source = samples_of("images", 1, 8, 8, n=8)
     graph = Graph(frozen)
     job = prepare(frozen, source, CalibrationSettings(), EXECUTION, graph=graph)
-    merged = calibrate_here(job, source, create_store(tmp_path / "store", job.identity))
+    store = create_store(tmp_path / "store", job.identity)
+    merged = calibrate_here(job, source, store)
     planner = Planner(graph, merged.record, job.taps)
     script = tmp_path / "score.py"
     script.write_text(SCORE)
@@ -142,6 +144,13 @@ def bench(cluster: RaySession, tmp_path: Path) -> Bench:
         execution=EXECUTION,
         scratch=tmp_path / "scratch",
         layers=LayerSamples(source=source, n_samples=4),
+        statistics=CandidateStatistics(
+            job=job,
+            source=source,
+            location=store.location,
+            batches=store.latest().batches,
+            record=merged.record,
+        ),
     )
     return Bench(setup=setup, planner=planner, folder=tmp_path)
 
@@ -161,12 +170,17 @@ def scores(outcome: Outcome) -> list[float | None]:
 def test_plans_that_come_to_the_same_are_scored_once(bench: Bench) -> None:
     wide = LayerChoice(precision="w8a16")
     asked = [bench.candidate(0), bench.candidate(1, all=SAME), bench.candidate(2, all=wide)]
-    costs = Hooks(costs=lambda choices: {"wide": sum(c == wide for c in choices.values())})
+
+    def n_wide(choices: Choices) -> float:
+        return sum(choice == wide for choice in choices.values())
+
+    costs = Hooks(costs=lambda choices: {"wide": n_wide(choices)}, cost=n_wide)
     first = bench.run(Script([asked]), workers=2, seconds=0.3, hooks=costs)
     assert bench.n_scored == first.n_scored == 2
     plain, same, other = scores(first)
     assert plain == same != other
     assert first.trials[0].n_bytes == first.trials[1].n_bytes
+    assert [trial.cost for trial in first.trials] == [0, 0, len(bench.planner.layers)]
     for number in range(3):
         place = bench.folder / "trials" / f"trial-{number:03d}"
         assert {"model.onnx", "plan.json", "trial.json"} <= {p.name for p in place.iterdir()}
@@ -363,17 +377,22 @@ def test_a_trial_that_cannot_win_stops_early_and_never_wins(bench: Bench) -> Non
 
 
 def test_what_a_candidate_changes_for_the_whole_plan_is_applied(bench: Bench) -> None:
-    few = bench.folder / "few.zarr.zip"
     planner, asked = bench.planner, []
     method = LayerChoice(saturation="percentile")
     plain = bench.candidate(0, all=method)
-    wanted: list[Settings] = [{}, {"percent": 90.0}, {"n_samples": 4}]
+    wanted: list[Settings] = [
+        *({}, {"n_samples": 4}, {"percent": 90.0}, {"n_samples": 4, "percent": 90.0}),
+    ]
     for number, settings in enumerate(wanted):
         asked.append(replace(plain, number=number, settings=settings))
     record = merge_first_of(bench, 4)
-    write_record(few, record)
-    hooks = Hooks(statistics=lambda s: few if s["n_samples"] == 4 else bench.folder / "none")
+    ended: list[int] = []
+    hooks = Hooks(on_trial=lambda trial: ended.append(trial.candidate.number))
     found = bench.run(Script([asked]), hooks=hooks)
+    # While the statistics of the second are measured, once for both who want them, the third runs.
+    assert ended == [0, 2, 1, 3]
+    (file,) = (bench.folder / "trials" / "statistics").iterdir()
+    assert read_record(file, record.tensors).digest == record.digest
     expected = [
         resolved_digest(
             ANY_TARGET.project(
@@ -384,14 +403,38 @@ def test_what_a_candidate_changes_for_the_whole_plan_is_applied(bench: Bench) ->
     ]
     written = [
         json.loads((bench.folder / "trials" / f"trial-{n:03d}" / "trial.json").read_text())["plan"]
-        for n in range(3)
+        for n in range(4)
     ]
     assert written == expected
-    assert len(set(expected)) == 3
+    assert len(set(expected)) == 4
     assert all(trial.report is not None for trial in found.trials)
 
-    # A file that is not there is the trial's own failure.
+    # A file that cannot be read is the trial's own failure.
     lost = replace(plain, settings={"n_samples": 3})
-    (trial,) = bench.run(Script([[lost]]), hooks=hooks, book=bench.book("lost")).trials
+    book = bench.book("lost")
+    book.statistics.mkdir()
+    (book.statistics / "n_samples-3.zarr.zip").write_bytes(b"no record")
+    (trial,) = bench.run(Script([[lost]]), hooks=hooks, book=book).trials
     assert trial.report is None
     assert "QD403" in trial.reason
+
+
+def test_what_cannot_be_measured_fails_alone_and_several_parts_are_merged(bench: Bench) -> None:
+    measuring = bench.setup.statistics
+    assert isinstance(measuring, CandidateStatistics)
+    short = replace(measuring, job=replace(measuring.job, n_per_shard=1))
+    smoothed, many = bench.candidate(0), bench.candidate(1)
+    asked = [
+        replace(smoothed, settings={"smoothing": 0.5}),
+        replace(many, settings={"n_samples": 9}),
+        bench.candidate(2),
+        replace(many, number=3, settings={"n_samples": 7}),
+    ]
+    setup = replace(bench, setup=replace(bench.setup, statistics=short))
+    found = setup.run(Script([asked]), workers=2)
+    reasons = [trial.reason[:5] for trial in found.trials]
+    assert reasons == ["QD212", "QD311", "", ""]
+    settings: Settings = {"n_samples": 7}
+    assert short.n_parts(settings, 2) == 2
+    path = bench.folder / "trials" / "statistics" / "n_samples-7.zarr.zip"
+    assert read_record(path, measuring.job.taps.tensors).digest == measuring(settings).digest

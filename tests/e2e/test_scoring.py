@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from actors.session import RaySession
 from tests.command_line import check_error, here, succeed
+from tests.e2e.tracked import client_for, made_uri
 
 SCORED = (
     *("model=digits_cnn", "data=digits", "tracking=none"),
@@ -54,14 +56,36 @@ def folder(cnn_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 
 def test_the_search_and_the_report_share_no_sample(cluster: RaySession, folder: Path) -> None:
-    said = succeed(*TUNE, "evaluation=accuracy", "evaluation.search_share=0.5")
+    uri = made_uri(folder)
+    words = ("evaluation=accuracy", "evaluation.search_share=0.5", "tracking.enabled=true")
+    said = succeed(*TUNE, *words, f"tracking.uri={uri}")
     unseen = json.loads((folder / "unseen.json").read_text())
-    n_unseen = {report["n_samples"] for report in unseen.values()}
+    n_unseen = {unseen[name]["n_samples"] for name in ("float", "quantized")}
     reports = [json.loads(file.read_text()) for file in folder.rglob("trials/**/result.json")]
     n_seen = {result["report"]["n_samples"] for result in reports}
     assert (len(n_seen), len(n_unseen)) == (1, 1)
     assert n_seen.pop() + n_unseen.pop() == 40
     assert "samples that the search did not see: top1 " in said
+    check_intervals(folder, unseen, said)
+    (run,) = client_for(uri).search_runs(["1"], "tags.`qdist.command` = 'tune'")
+    assert run.data.metrics["unseen_score"] == unseen["quantized"]["score"]
+
+
+def check_intervals(folder: Path, unseen: dict[str, Any], said: str) -> None:
+    """Every trial of the front has its difference from the plain plan and the float model."""
+    plain, *rest = unseen["trials"]
+    assert (plain["trial"], plain["over_plain"]) == (0, None)
+    assert rest
+    (best,) = (row for row in unseen["trials"] if row["best"])
+    assert best["score"] == unseen["quantized"]["score"]
+    for row in unseen["trials"]:
+        over = row["over_float"]
+        assert over["mean"] == pytest.approx(row["score"] - unseen["float"]["score"])
+        assert over["low"] <= over["mean"] <= over["high"]
+    for row in rest:
+        assert row["over_plain"]["mean"] == pytest.approx(row["score"] - plain["score"])
+    assert "better than the plain plan" in said
+    assert 'id="unseen-table"' in (folder / "report.html").read_text()
 
 
 def test_a_metric_class_scores_a_model_and_its_dump_alike(folder: Path) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from actors.session import RaySession
 from qdist.plan.plan import load_plan
 from tests.command_line import succeed
-from tests.e2e.tracked import client_for
+from tests.e2e.tracked import client_for, made_uri
 
 SCORED = (
     *("model=digits_cnn", "data=digits", "evaluation=accuracy"),
@@ -33,8 +34,8 @@ def test_a_target_without_scales_per_channel_is_searched_to_the_end(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "300")
     folder = Path(shutil.copytree(cnn_runs, "qdist-runs")).absolute() / "digits_cnn"
-    uri = f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}"
-    said = succeed(*TUNE, uri)
+    uri = f"tracking.uri={made_uri(tmp_path)}"
+    said = succeed(*TUNE, uri, "search.artifacts=best")
     assert "is the best" in said
     assert "failed" not in said
     assert "w4a8 in" in said
@@ -54,3 +55,25 @@ def test_a_target_without_scales_per_channel_is_searched_to_the_end(
         [experiment.experiment_id], "tags.`qdist.evaluation_overlap` = '40 of 40'"
     )
     assert sorted(run.data.tags["qdist.command"] for run in found) == ["evaluate", "tune"]
+
+    # The models that the first search let go were sent; another one sends them once more.
+    assert len(list(folder.glob("trials/trial-*/model.onnx"))) == 1
+    assert "4 of them known before" in succeed(*TUNE, uri)
+    searches = client.search_runs([experiment.experiment_id], "tags.`qdist.command` = 'tune'")
+    again, first = (models(client, run) for run in searches)
+    assert len(first) == 4
+    assert again == first
+    assert not list(folder.glob("trials/qdist-model-*"))
+
+
+def models(client: Any, parent: Any) -> dict[str, bytes]:
+    """Number of each trial below a search -> its model."""
+    children = client.search_runs(
+        [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    )
+    return {
+        run.data.tags["qdist.number"]: Path(
+            client.download_artifacts(run.info.run_id, "model.onnx")
+        ).read_bytes()
+        for run in children
+    }

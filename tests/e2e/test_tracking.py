@@ -11,6 +11,7 @@ from typing import Literal
 
 import pytest
 
+from qdist.cli.commands.trial_models import TrialModels
 from qdist.cli.commands.tune_log import TrialLog
 from qdist.cli.tracking import SPOOL_NAME, Tracker, open_tracker
 from qdist.cli.tracking.mlflow_sink import MlflowSink
@@ -21,7 +22,7 @@ from qdist.evaluate.evaluation_run import EvaluationRun
 from qdist.evaluate.report import EvalReport
 from qdist.search.trial import EVALUATION, Candidate, Trial
 from tests.e2e.mlflow_server import MlflowServer, free_port, mlflow_server
-from tests.e2e.tracked import artifact, client_for, spec, sqlite_uri
+from tests.e2e.tracked import artifact, client_for, made_uri, spec
 
 SCORES = [0.91, 0.95, 0.93]
 
@@ -35,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
 @pytest.fixture(params=["sqlite", "http"])
 def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
-        return sqlite_uri(tmp_path / "a folder with spaces")
+        return made_uri(tmp_path / "a folder with spaces")
     running: MlflowServer = request.getfixturevalue("server")
     return running.url
 
@@ -181,7 +182,7 @@ def test_hundreds_of_values_in_one_call(uri: str, tmp_path: Path) -> None:
 
 
 def test_exceptions_end_runs_as_failed_or_killed(tmp_path: Path) -> None:
-    uri = sqlite_uri(tmp_path)
+    uri = made_uri(tmp_path)
     damage = ConfigError("QD104", where="a", got="b", expected="c", mend="d")
     with open_tracker(spec(uri), spool_folder=tmp_path) as tracker:
         parent = tracker.start_run("search", command="search", config={})
@@ -220,7 +221,7 @@ def test_artifact_policy(
 ) -> None:
     for name in "pcb":
         (tmp_path / name).write_text(name)
-    uri = sqlite_uri(tmp_path)
+    uri = made_uri(tmp_path)
     with (
         open_tracker(spec(uri, artifacts=artifacts), spool_folder=tmp_path) as tracker,
         tracker.start_run("search", command="search", config={}) as parent,
@@ -252,10 +253,10 @@ def test_dashboard_hints(server: MlflowServer, tmp_path: Path) -> None:
         assert tracker.dashboard_hint == f"{server.url}/#/experiments/{experiment}"
         assert run.url == f"{server.url}/#/experiments/{experiment}/runs/{run.id}"
     with (
-        open_tracker(spec(sqlite_uri(tmp_path)), spool_folder=tmp_path) as local,
+        open_tracker(spec(made_uri(tmp_path)), spool_folder=tmp_path) as local,
         local.start_run("r", command="search", config={}) as run,
     ):
-        command = f"mlflow ui --backend-store-uri {sqlite_uri(tmp_path)}"
+        command = f"mlflow ui --backend-store-uri {made_uri(tmp_path)}"
         assert local.dashboard_hint.startswith(command)
         assert run.url == local.dashboard_hint
 
@@ -359,7 +360,7 @@ def test_what_waited_is_sent_when_the_server_is_back(tmp_path: Path) -> None:
             folder.mkdir()
             assert artifact(uri, state.run, "model/temporary.onnx", folder) == "weights"
         # A server of another address gets none of it, and waits for none of it.
-        elsewhere = sqlite_uri(tmp_path)
+        elsewhere = made_uri(tmp_path)
         halfway.add("r", "text", {"text": "x", "name": "n"}, "away")
         with (
             open_tracker(spec(elsewhere), spool_folder=spool) as other,
@@ -421,7 +422,7 @@ def test_a_refused_record_is_spooled_and_the_next_one_is_written(
 
 
 def test_how_a_trials_command_ended_is_recorded(tmp_path: Path) -> None:
-    uri = sqlite_uri(tmp_path)
+    uri = made_uri(tmp_path)
     ran = EvaluationRun(exit_status=3, seconds=1.25, output_tail="no label file\n")
     failed = {"evaluation_s": 1.5, EVALUATION: ran.to_json()}
     report = EvalReport(
@@ -442,7 +443,7 @@ def test_how_a_trials_command_ended_is_recorded(tmp_path: Path) -> None:
     ]
     with open_tracker(spec(uri), spool_folder=tmp_path / "out") as tracker:
         parent = tracker.start_run("search", command="tune", config={})
-        with TrialLog(parent, tmp_path / "trials", "net", "none") as log:
+        with TrialLog(parent, TrialModels(folder=tmp_path / "trials"), "net", "none") as log:
             for trial in trials:
                 log.add(trial)
         children = parent.children()

@@ -15,7 +15,7 @@ import pytest
 from qdist.cli.tracking import open_tracker
 from qdist.errors import ConfigError, TrackingError
 from tests.e2e.mlflow_server import free_port
-from tests.e2e.tracked import client_for, spec, sqlite_uri
+from tests.e2e.tracked import client_for, made_uri, spec, sqlite_uri
 
 
 def test_sqlite_artifacts_land_beside_the_database(
@@ -148,7 +148,7 @@ def test_unusable_databases_are_refused_and_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_damaged_mlflow_database_is_refused(tmp_path: Path) -> None:
-    uri = sqlite_uri(tmp_path)
+    uri = made_uri(tmp_path)
     open_tracker(spec(uri), spool_folder=tmp_path)
     with sqlite3.connect(tmp_path / "mlflow.db") as connection:
         connection.execute("UPDATE alembic_version SET version_num = 'from-the-future'")
@@ -161,7 +161,7 @@ def test_a_damaged_mlflow_database_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_deleted_experiment_is_said(tmp_path: Path) -> None:
-    uri = sqlite_uri(tmp_path)
+    uri = made_uri(tmp_path)
     open_tracker(spec(uri), spool_folder=tmp_path)
     client = client_for(uri)
     client.delete_experiment(client.get_experiment_by_name("digits").experiment_id)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import sync_playwright
 
+from qdist.cli.commands.trial_models import TrialModels
 from qdist.cli.commands.tune_log import TrialLog
 from qdist.cli.tracking import open_tracker
 from qdist.cli.tracking.trials_view import KEY, NAME
@@ -39,7 +40,7 @@ def test_trials_stand_side_by_side_with_their_numbers(tmp_path: Path) -> None:
     with mlflow_server(tmp_path / "server") as server:
         with open_tracker(spec(server.url), spool_folder=tmp_path) as tracker:
             parent = tracker.start_run("search", command="tune", config={})
-            with TrialLog(parent, tmp_path / "trials", "net", "none") as log:
+            with TrialLog(parent, TrialModels(folder=tmp_path / "trials"), "net", "none") as log:
                 for number, score in enumerate((0.5, 0.75)):
                     log.add(trial(number, score))
         experiment = client_for(server.url).get_experiment_by_name("digits").experiment_id

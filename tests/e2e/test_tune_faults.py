@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.cluster import Command, RayCluster, wait_until
-from tests.e2e.tracked import client_for, sqlite_uri
+from tests.e2e.tracked import client_for, made_uri, sqlite_uri
 
 pytestmark = pytest.mark.slow
 
@@ -62,7 +62,7 @@ class Job:
             f"evaluation.arguments={{folder: '{folder}'}}",
             *(f"search.max_trials={N_TRIALS}", "search.saturations=[max,kl,percentile]"),
             *("search.sensitivity_samples=2", "compare.samples=2", "output.folder=out"),
-            *(f"tracking.uri={sqlite_uri(folder)}", f"cluster.address={nodes.address}"),
+            *(f"tracking.uri={made_uri(folder)}", f"cluster.address={nodes.address}"),
             *("cluster.workers=2", "cluster.ready_timeout_s=60"),
         )
 

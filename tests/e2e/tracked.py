@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from qdist.cli.tracking import TrackingSpec
@@ -18,6 +20,25 @@ def spec(
 
 def sqlite_uri(folder: Path) -> str:
     return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def made_uri(folder: Path) -> str:
+    """`sqlite_uri`, with MLflow's tables in place: making them takes a second each time."""
+    path = folder / "mlflow.db"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(_tables())
+    return sqlite_uri(folder)
+
+
+@cache
+def _tables() -> bytes:
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        SqlAlchemyStore(sqlite_uri(folder), folder.as_uri()).engine.dispose()
+        return (folder / "mlflow.db").read_bytes()
 
 
 def client_for(uri: str) -> Any:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from onnx import save
 
@@ -15,7 +14,6 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 from bench_accuracy_ort import coverage  # noqa: E402
-from bench_accuracy_scores import Scores, discordant, paired  # noqa: E402
 
 from qdist.emit.qdq import emit_qdq  # noqa: E402
 from qdist.plan.choice import LayerChoice  # noqa: E402
@@ -26,44 +24,6 @@ from tests.onnx_models import (  # noqa: E402
     samples_of,
 )
 from tests.unit.test_plan_planner import small_model  # noqa: E402
-
-
-def scores(right: np.ndarray) -> Scores:
-    return Scores(parts={"agreement": (right.astype(np.float64), np.ones(right.size))})
-
-
-def test_a_paired_interval_holds_the_difference_and_knows_equals() -> None:
-    rng = np.random.default_rng(5)
-    one = rng.random(400) < 0.9
-    other = np.where(rng.random(400) < 0.95, one, ~one)
-    same = paired(scores(one), scores(one), "agreement")
-    assert (same.mean, same.low, same.high) == (0.0, 0.0, 0.0)
-    found = paired(scores(one), scores(other), "agreement")
-    assert found.mean == pytest.approx(one.mean() - other.mean())
-    assert found.low < found.mean < found.high
-    # Pairs that mostly agree leave less to chance than the samples of either model do.
-    difference = one.astype(float) - other
-    assert found.high - found.low == pytest.approx(
-        2 * 1.96 * difference.std() / np.sqrt(difference.size), rel=0.15
-    )
-    back = paired(scores(other), scores(one), "agreement")
-    assert (back.low, back.high) == pytest.approx((-found.high, -found.low))
-
-
-def test_few_samples_that_one_model_alone_gets_right_prove_nothing() -> None:
-    one = np.ones(600, bool)
-    other = one.copy()
-    other[:4] = False
-    found = discordant(scores(one), scores(other), "agreement")
-    assert found is not None
-    assert (found.ours, found.theirs) == (4, 0)
-    assert found.p == pytest.approx(2 / 16)
-    assert paired(scores(one), scores(other), "agreement").low > 0
-    same = discordant(scores(one), scores(one), "agreement")
-    assert same is not None
-    assert same.p == 1.0
-    parts = Scores(parts={"agreement": (np.array([3.0, 4.0]), np.array([5.0, 5.0]))})
-    assert discordant(parts, parts, "agreement") is None
 
 
 def test_coverage_is_counted_in_the_file(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def search_of(name: str, rows: Rows, metric: str = "agreement") -> Search:
                 seconds=0.0,
             )
         candidate = Candidate(number=number, label=plan, choices={})
-        trial = Trial(candidate=candidate, report=report, n_bytes=10)
+        trial = Trial(candidate=candidate, report=report, n_bytes=10, cost=cost)
         tried.append(Tried(trial=trial, cost=cost, plan=plan))
     return Search(model="m", name=name, tried=tuple(tried), seconds=1.0)
 

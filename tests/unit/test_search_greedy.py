@@ -259,6 +259,20 @@ def test_equal_scores_prefer_the_smaller_artifact_then_the_earlier_trial() -> No
     assert best.candidate.number == 1
 
 
+def test_equal_scores_are_told_apart_by_the_searchs_own_cost_then_by_closeness() -> None:
+    plain = layers(2)
+    (trial,) = search(plain, GreedySettings(max_trials=1), lambda candidate: 0.5)
+    assert trial.report is not None
+    large = replace(trial, cost=1.0, n_bytes=900)
+    small = replace(trial, cost=2.0, n_bytes=100)
+    assert best_of([small, large]) is large
+    small = replace(small, cost=1.0)
+    assert best_of([large, small]) is small
+    near = replace(trial.report, metrics={**trial.report.metrics, "sqnr_db": 30.0})
+    close = replace(large, report=near)
+    assert best_of([small, close]) is close
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"max_trials": 0}, {"first_share": 0.0}, {"first_share": 1.5}, {"first_share": math.nan}],

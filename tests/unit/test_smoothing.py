@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ from qdist.plan.planner import Planner, PlanSettings
 from qdist.plan.resolved import resolved_digest
 from qdist.plan.smoothing import find_smoothing, lacking_channels
 from qdist.search.applied import planner_with
+from qdist.search.statistics import CandidateStatistics
+from qdist.search.trial import Settings
 from qdist.stats.record import CalibrationRecord
 from qdist.store.zarr_store import ZarrStore, create_store, open_store
 from tests.onnx_models import (
@@ -276,6 +279,37 @@ def test_the_joined_record_is_that_of_the_smoothed_model(measured: Measured) -> 
         assert before is not None
         assert after is not None
         assert np.array_equal(np.ldexp(before.maximum, -smoothing.of(tensor)), after.maximum)
+
+
+def test_rows_for_candidates_are_measured_in_parts_by_any_process(tmp_path: Path) -> None:
+    source = samples_of("x", TOKENS, WIDTH, n=12)
+    own = Measured(transformer(), tmp_path, source, shard_samples=2, micro_batch=2)
+    statistics = CandidateStatistics(
+        job=own.job,
+        source=source,
+        location=own.store.location,
+        batches=own.store.latest().batches,
+        record=own.record,
+    )
+    settings: Settings = {"smoothing": 0.4, "n_samples": 10}
+    assert statistics.n_parts(settings, 3) == 3
+    assert statistics.n_parts(settings, 64) == 5
+    for part in (2, 0, 1):
+        other = pickle.loads(pickle.dumps(statistics))
+        other.measure(settings, part, 3)
+    store = statistics.smoothed(0.4).store
+    n_receipts = len(store.receipts())
+    assert n_receipts >= 5
+    record = statistics(settings)
+    # All was there, and is what a model of its own has.
+    assert len(store.receipts()) == n_receipts
+    frozen, _, _ = own.smoothed(own.smoothing(0.4))
+    first = replace(source, samples=source.samples[:10])
+    alone = prepare(frozen, first, own.job.settings, EXECUTION)
+    place = tmp_path / "alone"
+    expected = calibrate_here(alone, first, create_store(place, alone.identity)).record
+    assert record.digest == expected.digest
+    assert statistics({"smoothing": 0.4}).n_samples == 12
 
 
 def test_stored_rows_are_found_again_and_missing_ones_are_named(

@@ -15,7 +15,6 @@ from qdist.evaluate.builtin import DatasetEvaluation
 from qdist.evaluate.custom_metric import ClassEvaluation
 from qdist.evaluate.overlap import overlap_text
 from qdist.evaluate.scorer import Evaluation, Scorer
-from qdist.files import write_json
 
 
 def make_scorer(
@@ -30,27 +29,6 @@ def make_scorer(
         scratch=context.folder / "scratch",
         execution=context.execution,
         **domain.scorer_options(context.settings.evaluation),  # type: ignore[arg-type]
-    )
-
-
-def score_unseen(context: Context[schema.TuneSettings], float_model: Path, best: Path) -> None:
-    """Score both models on the samples that the search did not see, where there are such: say it,
-    and write ``unseen.json``."""
-    config = context.settings.evaluation
-    if not isinstance(config, schema.MetricConfig | schema.ClassConfig) or not config.search_share:
-        return
-    evaluation = domain.evaluation(config, context.settings.data, "report")
-    with (
-        make_scorer(context, evaluation, float_model) as scorer,
-        context.working("scoring what the search did not see"),
-    ):
-        before, after = scorer.score(float_model), scorer.score(best)
-    write_json(
-        context.folder / "unseen.json", {"float": before.to_json(), "quantized": after.to_json()}
-    )
-    context.say(
-        f"{after.n_samples} samples that the search did not see: {after.metric} {after.score:.4f}, "
-        f"float model {before.score:.4f}"
     )
 
 

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from qdist.calibration.feeds import load_phases
-from qdist.calibration.here import calibrate_here, statistics_here
-from qdist.calibration.job import CalibrationJob
 from qdist.calibration.smoothed import (
     channels_job,
     channels_location,
     joined,
     joined_blocks,
     on_batches,
-    smoothed_job,
-    smoothed_location,
     smoothed_rows,
     stored_channels,
     stored_rows,
@@ -25,17 +20,12 @@ from qdist.cli import schema
 from qdist.cli.commands import steps
 from qdist.cli.context import Context
 from qdist.errors import ConfigError
-from qdist.model.difference import rewriting_difference
 from qdist.model.graph import Graph
-from qdist.model.smoothed import smoothed_model
-from qdist.plan.smoothing import find_smoothing, lacking_channels
-from qdist.search.trial import Settings
+from qdist.plan.smoothing import lacking_channels, smoothed_graph
+from qdist.search.statistics import CandidateStatistics
 from qdist.stats.record import CalibrationRecord
 from qdist.store.protocol import FinishedMerge
 from qdist.store.zarr_store import ZarrStore, create_store
-
-_CHECK = "smoothing"
-"""Document of a smoothed model's store: that its outputs are those of the model before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,17 +38,6 @@ class Smoothed:
     blocks: tuple[CalibrationRecord, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Measuring:
-    """``job``: measures the rows of a smoothed model on all samples; ``whole``: on those of the
-    calibration, which may have stopped early."""
-
-    job: CalibrationJob
-    whole: CalibrationJob
-    store: ZarrStore
-    notes: tuple[str, ...]
-
-
 def stored(
     graph: Graph,
     store: ZarrStore,
@@ -69,12 +48,11 @@ def stored(
     """The model smoothed with ``alpha``, with statistics that were measured before. ``blocks``: of
     the model as it is. Raises QD212, and QD402 where they were not measured."""
     factors = stored_channels(store.location, merge, lacking_channels(graph, merge.record))
-    found = find_smoothing(graph, factors, merge.taps, alpha)
+    smoothed, found = smoothed_graph(graph, factors, merge.taps, alpha)
     rows = smoothed_rows(graph, merge.taps, found.smoothing)
-    smoothed = smoothed_model(graph, found.smoothing)
-    own, rows_merge = stored_rows(store.location, smoothed, merge, rows)
+    own, rows_merge = stored_rows(store.location, smoothed.model, merge, rows)
     return Smoothed(
-        graph=Graph(smoothed, graph.execution),
+        graph=smoothed,
         record=joined(merge.record, rows_merge.record),
         blocks=joined_blocks(blocks, own, rows_merge) if blocks else (),
         notes=tuple(found.notes()),
@@ -89,7 +67,7 @@ class Smoother:
         self._context = context
         self._graph = graph
         self._done = done
-        self._known: dict[float, _Measuring] = {}
+        self._known: CandidateStatistics | None = None
         self._factors: CalibrationRecord | None = None
 
     def factors(self, config: schema.CalibrateSettings | schema.TuneSettings) -> CalibrationRecord:
@@ -113,86 +91,34 @@ class Smoother:
         Raises QD212, QD207, and what a calibration raises.
         """
         self.factors(config)
-        own, done = self._measuring(alpha), self._done
+        own, done = self._all().smoothed(alpha), self._done
         self._context.notes(own.notes)
         rows = steps.measured(self._context, own.whole, done.source, own.store, config.cluster)
         return Smoothed(
-            graph=own.job.measuring.graph,
+            graph=own.graph,
             record=joined(done.merged.record, rows.record),
             notes=own.notes,
         )
 
-    def rows_here(self, alpha: float, n_samples: int | None) -> CalibrationRecord:
-        """The rows that smoothing changes, of the first so many samples or all; what lacks is
-        measured in this process. Comes after `factors`. Raises as `smoothed`, and QD311."""
-        own, source = self._measuring(alpha), self._done.source
-        if n_samples is not None:
-            return statistics_here(own.job, source, own.store, n_samples).record
-        return calibrate_here(own.whole, source, own.store).record
+    def candidates(
+        self, alpha: float | None, factors: CalibrationRecord | None
+    ) -> CandidateStatistics:
+        """What measures for the candidates of a search. ``alpha``: of the run itself. ``factors``:
+        what theirs come from, where they may be smoothed."""
+        return replace(self._all(), alpha=alpha, factors=factors or self._factors)
 
-    def _measuring(self, alpha: float) -> _Measuring:
-        """What measures the rows; the outputs are compared where that was not done."""
-        if alpha in self._known:
-            return self._known[alpha]
-        done, graph = self._done, self._graph
-        record = self._factors or done.merged.record
-        found = find_smoothing(graph, record, done.job.taps, alpha)
-        model = smoothed_model(graph, found.smoothing)
-        rows = smoothed_rows(graph, done.job.taps, found.smoothing)
-        job = smoothed_job(done.job, Graph(model, graph.execution), rows)
-        store = create_store(smoothed_location(done.store.location, model), job.identity)
-        checked = store.document(_CHECK)
-        if checked is None:
-            feeds = load_phases(job.grid[0], done.source, job.inputs, job.decoder)[0]
-            difference = rewriting_difference(
-                graph.model,
-                model,
-                feeds,
-                graph.execution,
-                budget_bytes=job.settings.memory_budget_bytes,
+    def _all(self) -> CandidateStatistics:
+        if self._known is None:
+            done = self._done
+            self._known = CandidateStatistics(
+                job=done.job,
+                source=done.source,
+                location=done.store.location,
+                batches=done.store.latest().batches,
+                record=done.merged.record,
+                factors=self._factors,
             )
-            checked = {"difference": difference}
-            store.put_document(_CHECK, checked)
-        notes = found.notes()
-        if checked["difference"]:
-            notes.append(f"smoothing moves the float result by {checked['difference']:.2g}")
-        self._known[alpha] = _Measuring(
-            job=job,
-            whole=on_batches(job, done.store.latest().batches),
-            store=store,
-            notes=tuple(notes),
-        )
-        return self._known[alpha]
-
-
-class TrialStatistics:
-    """Statistics that candidates of a search ask for, by their settings."""
-
-    def __init__(
-        self,
-        done: steps.Calibrated,
-        smoother: Smoother,
-        alpha: float | None,
-        factors: CalibrationRecord | None,
-    ) -> None:
-        """``alpha``: of the run itself; candidates may have another only where it is None.
-        ``factors``: what theirs come from; None where they may not."""
-        self.factors = factors
-        self._done = done
-        self._smoother = smoother
-        self._alpha = alpha
-
-    def __call__(self, settings: Settings) -> CalibrationRecord:
-        """Measured in this process, where the stores lack them. Raises QD212, QD311."""
-        done = self._done
-        alpha = self._alpha
-        if "smoothing" in settings:
-            alpha = float(settings["smoothing"])
-        n = int(settings["n_samples"]) if "n_samples" in settings else None
-        record = done.merged.record
-        if n is not None:
-            record = statistics_here(done.job, done.source, done.store, n).record
-        return record if alpha is None else joined(record, self._smoother.rows_here(alpha, n))
+        return self._known
 
 
 def measure_all(

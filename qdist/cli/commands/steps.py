@@ -273,9 +273,9 @@ def load_plan_for(
     frozen: FrozenModel, path: Path, execution: Execution
 ) -> tuple[FrozenModel, QuantizationPlan]:
     """A plan, and the model that it is for: ``frozen``, or that with the plan's factors of
-    smoothing. Raises QD504, QD505."""
+    smoothing, where it has not got them yet. Raises QD504, QD505."""
     plan = load_plan(path)
-    if plan.smoothing is not None:
+    if plan.smoothing is not None and plan.model_digest != frozen.digest:
         try:
             frozen = smoothed_model(Graph(frozen, execution), plan.smoothing)
         except ModelError as error:

@@ -7,8 +7,9 @@ from typing import Any
 from qdist.cli import domain
 from qdist.cli.commands import smoothing, steps, tune_search
 from qdist.cli.commands.mixing import mix_of, mixed
-from qdist.cli.commands.scoring import check_parts, make_scorer, note_overlap, score_unseen
+from qdist.cli.commands.scoring import check_parts, make_scorer, note_overlap
 from qdist.cli.commands.tune_result import keep_best, report
+from qdist.cli.commands.unseen import score_unseen
 from qdist.cli.context import Context
 from qdist.cli.schema import TuneSettings
 from qdist.errors import PlanError
@@ -87,13 +88,13 @@ def run(context: Context[TuneSettings]) -> None:
                 run_,
                 done,
                 before,
-                smoothing.TrialStatistics(done, smoother, alpha, factors),
+                smoother.candidates(alpha, factors),
             )
         if found.outcome.stopped == "interrupt" and not found.outcome.trials:
             raise KeyboardInterrupt
         best = keep_best(context, frozen, planner, target, found)
-        score_unseen(context, frozen.source, best.artifact.path)
-        report(context, frozen, before, best, found, merged.notes, run_)
+        unseen = score_unseen(context, frozen.source, best.trial, best.artifact.path, found)
+        report(context, frozen, before, best, found, unseen, merged.notes, run_)
         if found.outcome.stopped == "interrupt":
             raise KeyboardInterrupt
         tune_search.forget_run(context)

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from qdist.cli.commands.trial_models import MODEL, PLAN, TrialModels
 from qdist.cli.tracking import Run
 from qdist.cli.tracking.run import now_ms
 from qdist.emit.shared_weights import SharedWeights
@@ -30,21 +31,21 @@ class TrialLog:
     """Logs trials below ``parent``; a context manager around the search. Leaving it waits until all
     is sent or spooled, and raises what the spool could not keep.
 
-    ``folder``: the search's own. ``artifacts``: as `qdist.cli.tracking.TrackingSpec` has it.
-    ``costs``: what a plan costs, by name. Trials that the parent's run has already, from a search
-    that was killed, are not logged again.
+    ``models``: where those of the trials are. ``artifacts``: as `qdist.cli.tracking.TrackingSpec`
+    has it. ``costs``: what a plan costs, by name. Trials that the parent's run has already, from a
+    search that was killed, are not logged again.
     """
 
     def __init__(
         self,
         parent: Run,
-        folder: Path,
+        models: TrialModels,
         model: str,
         artifacts: str,
         costs: Callable[[Choices], Mapping[str, float]] | None = None,
     ) -> None:
         self._parent = parent
-        self._folder = folder
+        self._models = models
         self._model = model
         self._artifacts = artifacts
         self._costs = costs or (lambda choices: {})
@@ -55,7 +56,7 @@ class TrialLog:
         self._sent_at = time.monotonic()
         self._best: Trial | None = None
         self._n_best = 0
-        self._weights = SharedWeights(folder / WEIGHTS)
+        self._weights = SharedWeights(models.folder / WEIGHTS)
         self._runs: dict[int, str] = {}
         self.seconds = 0.0
         """What sending took, all trials together."""
@@ -118,7 +119,7 @@ class TrialLog:
         child.log_table(_layer_rows(trial), "layers.csv")
         if trial.evaluation is not None and trial.evaluation.output_tail:
             child.log_text(trial.evaluation.output_tail, "evaluation.log")
-        place = self._place(number) / "plan.json"
+        place = self._models.place(number) / PLAN
         if place.exists():
             child.log_text(place.read_text(encoding="utf-8"), place.name)
         if self._artifacts == "all":
@@ -141,13 +142,14 @@ class TrialLog:
 
     def _send_model(self, child: Run, trial: Trial, *, best: bool) -> None:
         """The model, in full where it is small; of a larger one the weights go to the parent."""
-        place = self._place(trial.candidate.number)
-        model = place / "model.onnx"
-        if not model.exists():
-            return
-        shared = self._weights.split(model)
+        with self._models.at(trial.candidate.number) as place:
+            if place is not None:
+                self._send_files(child, place, best=best)
+
+    def _send_files(self, child: Run, place: Path, *, best: bool) -> None:
+        shared = self._weights.split(place / MODEL)
         if shared is None:
-            for path in sorted(place.glob("model.onnx*")):
+            for path in sorted(place.glob(f"{MODEL}*")):
                 child.log_artifact(path, best=best)
             return
         for path in shared.fresh:
@@ -157,9 +159,6 @@ class TrialLog:
 
     def _metrics(self, trial: Trial) -> dict[str, float]:
         return {**_metrics(trial), **self._costs(trial.candidate.choices)}
-
-    def _place(self, number: int) -> Path:
-        return self._folder / f"trial-{number:03d}"
 
     def _add_points(self, trial: Trial) -> None:
         """Every trial's numbers as curves of the parent, and the best so far."""

@@ -8,6 +8,7 @@ from typing import Any
 from qdist.cli import domain
 from qdist.cli.commands import steps
 from qdist.cli.commands.tune_search import Found
+from qdist.cli.commands.unseen import UNSEEN, Unseen, row_numbers
 from qdist.cli.context import Context
 from qdist.cli.schema import TuneSettings
 from qdist.cli.tracking import Run
@@ -22,7 +23,7 @@ from qdist.plan.planner import Planner
 from qdist.plan.target import ProjectedPlan, Target
 from qdist.report.front_page import write_front_page
 from qdist.report.page import write_page
-from qdist.report.tables import summary_table, trial_table
+from qdist.report.tables import summary_table, trial_table, unseen_table
 from qdist.report.values import Summary, TrialRow
 from qdist.search.applied import planner_with
 from qdist.search.front import front_of
@@ -89,10 +90,11 @@ def report(
     before: EvalReport,
     best: Best,
     found: Found,
+    unseen: Unseen | None,
     notes: tuple[str, ...],
     parent: Run,
 ) -> None:
-    """Write the report and MLflow's parent run, and print the table."""
+    """Write the report and MLflow's parent run, and print the tables."""
     folder, trials = context.folder, found.outcome.trials
     plan: QuantizationPlan = best.projected.plan
     page = folder / "report.html"
@@ -126,11 +128,14 @@ def report(
         seconds=context.seconds,
     )
     rows = [_row(trial, best.trial) for trial in trials]
-    write_page(page, summary, best.layers, rows)
+    unseen_rows = () if unseen is None else unseen.rows
+    write_page(page, summary, best.layers, rows, unseen_rows)
     write_json(folder / "layers.json", [row.to_json() for row in best.layers])
     steps.save_config(context, context.config)
-    _log_parent(context, parent, before, best, found, rows)
+    _log_parent(context, parent, before, best, found, rows, unseen)
     context.console.print(trial_table(rows))
+    if unseen is not None and unseen_rows:
+        context.console.print(unseen_table(unseen_rows, unseen.after.n_samples or 0))
     # What is to be copied stands below the table, where nothing wraps it.
     context.console.print(summary_table(replace(summary, places=summary.places[:-1])))
     context.say(f"dashboard: {parent.url}")
@@ -143,6 +148,7 @@ def _log_parent(
     best: Best,
     found: Found,
     rows: list[TrialRow],
+    unseen: Unseen | None,
 ) -> None:
     """The parent run's numbers, tables, charts and files."""
     folder, outcome = context.folder, found.outcome
@@ -154,6 +160,7 @@ def _log_parent(
             "plans_scored": outcome.n_scored,
             "driver_s": outcome.driver_s,
             "logging_s": found.log.seconds,
+            **({} if unseen is None else unseen.metrics),
         },
         params={},
         tags={
@@ -164,7 +171,12 @@ def _log_parent(
     on_front = front_of(outcome.trials, lambda trial: found.problem.cost(trial.candidate.choices))
     numbers = {trial.candidate.number for trial in on_front}
     front = [row for row in rows if row.number in numbers]
-    parent.log_table([_front_row(row) for row in front], "front.csv")
+    apart = {} if unseen is None else {row.number: row_numbers(row) for row in unseen.rows}
+    parent.log_table(
+        [{**_front_row(row), **apart.get(row.number, {})} for row in front], "front.csv"
+    )
+    if unseen is not None:
+        parent.log_json(unseen.to_json(), UNSEEN)
     page = write_front_page(folder / "front.html", rows, numbers, best.report, before.score)
     parent.log_table(
         [

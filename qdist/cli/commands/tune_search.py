@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from qdist.cli import domain
 from qdist.cli.commands import steps
 from qdist.cli.commands.searching import search_problem
-from qdist.cli.commands.smoothing import TrialStatistics
+from qdist.cli.commands.trial_models import TrialModels
 from qdist.cli.commands.tune_log import TrialLog
 from qdist.cli.context import Context
 from qdist.cli.progress import bar
 from qdist.cli.schema import TuneSettings
 from qdist.cli.tracking import Run
 from qdist.digest import digest_json
+from qdist.emit.qdq import emit_qdq
 from qdist.errors import ConfigError
 from qdist.evaluate.identity import evaluation_identity
 from qdist.evaluate.report import EvalReport
@@ -27,14 +28,12 @@ from qdist.model.freeze import FrozenModel
 from qdist.model.session import fingerprint
 from qdist.plan.planner import Planner
 from qdist.plan.target import Target
-from qdist.search.applied import OF_STATISTICS
 from qdist.search.costs import bit_operations
 from qdist.search.front import answer_of
 from qdist.search.problem import SearchProblem
+from qdist.search.statistics import CandidateStatistics
 from qdist.search.strategies import make_strategy
-from qdist.search.trial import Choices, Settings, Trial, best_of
-from qdist.stats.record import CalibrationRecord
-from qdist.store.record_file import write_record
+from qdist.search.trial import Choices, Trial, best_of
 
 if TYPE_CHECKING:  # importing Ray costs half a second that --help should not pay
     from actors.outcome import Outcome
@@ -47,16 +46,16 @@ _RUN = "tune.run.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """What the search left: its trials, where they lie, their runs, what it knew before, and the
+    """What the search left: its trials, their models and runs, what it knew before, and the
     trial that it ends with; None where none has a score. ``statistics``: those that candidates'
     settings ask for. ``book``: the trials' folder."""
 
     outcome: Outcome
-    folder: Path
+    models: TrialModels
     log: TrialLog
     problem: SearchProblem
     answer: Trial | None
-    statistics: TrialStatistics
+    statistics: CandidateStatistics
     book: TrialBook
 
 
@@ -70,7 +69,7 @@ def search(
     parent: Run,
     calibrated: steps.Calibrated,
     before: EvalReport,
-    statistics: TrialStatistics,
+    statistics: CandidateStatistics,
 ) -> Found:
     """Run the strategy over the pool. ``pinned``: layers that the user has rules for; ``before``:
     the float model's score."""
@@ -91,7 +90,7 @@ def search(
     setup = TrialSetup(
         frozen=frozen,
         record=planner.record,
-        factors=statistics.factors,
+        statistics=statistics,
         taps=planner.taps,
         settings=planner.settings,
         target=target,
@@ -108,7 +107,13 @@ def search(
     if book.n_known:
         context.say(f"note: {book.n_known} plans were tried before, and are not scored again")
     costs = _costs_of(problem)
-    log = TrialLog(parent, folder, settings.model.name, settings.tracking.artifacts, costs)
+
+    def write(plan: Path, model: Path) -> None:
+        own, found = steps.load_plan_for(frozen, plan, context.execution)
+        emit_qdq(own, target.project(found), model, check=False)
+
+    models = TrialModels(folder=folder, write=write)
+    log = TrialLog(parent, models, settings.model.name, settings.tracking.artifacts, costs)
     _remember_run(context, parent)
     done: list[Trial] = []
     with log, bar(context.console, "searching", "trials") as drawing:
@@ -134,32 +139,20 @@ def search(
             Hooks(
                 on_trial=on_trial,
                 on_message=drawing.say,
-                statistics=lambda own: _statistics_file(folder, own, statistics),
                 costs=costs,
+                cost=problem.cost,
             ),
         )
     context.say(_ended(outcome, settings))
     return Found(
         outcome=outcome,
-        folder=folder,
+        models=models,
         log=log,
         problem=problem,
         answer=answer_of(outcome.trials, problem, target=wanted.target, budget=wanted.budget),
         statistics=statistics,
         book=book,
     )
-
-
-def _statistics_file(
-    folder: Path, settings: Settings, statistics: Callable[[Settings], CalibrationRecord]
-) -> Path:
-    """Where workers find the statistics that these settings ask for. Raises QD212, QD311."""
-    own = {key: settings[key] for key in OF_STATISTICS if key in settings}
-    name = "-".join(f"{key}-{value}" for key, value in own.items())
-    path = folder / "statistics" / f"{name}.zarr.zip"
-    if not path.exists():
-        write_record(path, statistics(own))
-    return path
 
 
 def _most_trials(settings: TuneSettings) -> int:
