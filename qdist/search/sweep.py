@@ -24,12 +24,15 @@ class PredictedFront:
     def __init__(self, knapsack: Knapsack, n_budgets: int, limit: float) -> None:
         self._knapsack = knapsack
         self._budgets: list[float] = []
-        self._found = knapsack.ends(limit)
-        if not knapsack.is_small:
+        if knapsack.is_small:
+            ends = knapsack.ends(limit)
+            if ends:
+                between = np.linspace(ends[0].cost, ends[-1].cost, n_budgets)[1:-1]
+                self._budgets = [float(budget) for budget in between]
+            # The solver's own sums may be off in the last digits.
+            self._found = tuple(s for s in ends if s.cost <= limit)
+        else:
             self._found = knapsack.front(n_budgets, limit)
-        elif self._found:
-            low, high = self._found[0].cost, self._found[-1].cost
-            self._budgets = [float(b) for b in np.linspace(low, high, n_budgets)[1:-1]]
 
     @property
     def solutions(self) -> tuple[Solution, ...]:

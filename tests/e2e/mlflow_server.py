@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.e2e.tracked import tables
+
 START_TIMEOUT_S = 90.0
 
 
@@ -54,9 +56,12 @@ def mlflow_server(folder: Path, port: int | None = None) -> Iterator[MlflowServe
     folder.mkdir(parents=True, exist_ok=True)
     port = port or free_port()
     log = folder / "server.log"
+    database = folder / "server.db"
+    if not database.exists():
+        database.write_bytes(tables())
     command = [
         *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)),
-        *("--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'server.db'}"),
+        *("--workers", "1", "--backend-store-uri", f"sqlite:///{database}"),
         *("--artifacts-destination", str(folder / "served")),
     ]
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}

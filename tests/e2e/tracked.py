@@ -27,17 +27,18 @@ def made_uri(folder: Path) -> str:
     path = folder / "mlflow.db"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(_tables())
+        path.write_bytes(tables())
     return sqlite_uri(folder)
 
 
 @cache
-def _tables() -> bytes:
+def tables() -> bytes:
+    """An MLflow database without runs, for a server or for one user."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     with TemporaryDirectory() as name:
         folder = Path(name)
-        SqlAlchemyStore(sqlite_uri(folder), folder.as_uri()).engine.dispose()
+        SqlAlchemyStore(sqlite_uri(folder), "mlflow-artifacts:/").engine.dispose()
         return (folder / "mlflow.db").read_bytes()
 
 

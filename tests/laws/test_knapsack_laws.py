@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from qdist.search.knapsack import GroupEdge, Item, Knapsack, Pair, Solution, undominated
 from qdist.search.lagrange import swept
+from qdist.search.sweep import PredictedFront
 
 KINDS = ("int4", "int8", "int16")
 NUMBERS = st.integers(0, 40).map(lambda n: n / 4)
@@ -151,3 +153,20 @@ def test_nothing_to_choose_costs_what_is_fixed() -> None:
     nothing = Knapsack(groups=(), fixed=3.0)
     assert nothing.solve() == Solution(picks=(), harm=0.0, cost=3.0)
     assert nothing.solve(2.0) is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(knapsacks(), NUMBERS)
+def test_a_front_solved_where_it_is_looked_at_is_the_front(
+    knapsack: Knapsack, wanted: float
+) -> None:
+    whole = knapsack.front(8)
+    front = PredictedFront(knapsack, 8, math.inf)
+    found = front.best(lambda solution: True, lambda cost: (-abs(cost - wanted),))
+    if found is None:
+        assert whole == ()
+        return
+    nearer = (s for s in whole if s.cost <= found.cost)
+    assert min(s.harm for s in nearer) >= found.harm - 1e-3
+    assert front.best(lambda solution: False, lambda cost: (cost,)) is None
+    assert front.solutions == whole
