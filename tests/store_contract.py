@@ -234,6 +234,18 @@ class StoreContract(ABC):
         assert_same(store.latest().record, one)
         assert (store.latest().about, store.latest().taps) == ({"n": 3}, TAPS)
 
+    def test_a_merge_may_leave_the_latest_alone(self, store: ZarrStore, place: str) -> None:
+        one, other = record_of(1, 4), record_of(2, 8)
+        store.finish("a", one, {}, TAPS, BATCHES[:2], make_latest=False)
+        # There was none.
+        assert store.latest().name == "a"
+        store.finish("b", other, {}, TAPS, BATCHES[:4], make_latest=False)
+        reader = open_store(place)
+        assert reader.latest().name == "a"
+        found = reader.find("b")
+        assert found is not None
+        assert_same(found.record, other)
+
     def test_finished_merges_are_found_by_name(self, store: ZarrStore, place: str) -> None:
         assert store.finished() == []
         assert store.find("a") is None

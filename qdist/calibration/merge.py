@@ -38,8 +38,10 @@ def finish(
     among: Collection[str] | None = None,
     spread: Spread | None = None,
     on_progress: OnProgress | None = None,
+    make_latest: bool = True,
 ) -> Merged:
-    """Merge everything that covers the job's grid and make it the store's latest.
+    """Merge everything that covers the job's grid and make it the store's latest: without
+    ``make_latest`` only where there is none.
 
     ``among``: ids of the only receipts to use. Many records are merged as a tree, whose inner nodes
     the store keeps for later merges: ``spread`` makes those that it lacks, None in this process.
@@ -73,21 +75,25 @@ def finish(
     name = merge_name(job)
     if nodes := nodes_of(parts):
         store.put_document(nodes_document(name), {"nodes": nodes})
-    store.finish(name, record, details, job.taps, batches)
+    store.finish(name, record, details, job.taps, batches, make_latest=make_latest)
     return merged
 
 
-def recall(job: CalibrationJob, store: CalibrationStore) -> Merged | None:
+def recall(
+    job: CalibrationJob, store: CalibrationStore, *, make_latest: bool = True
+) -> Merged | None:
     """The merge of exactly this job's micro-batches and taps, where the store has it undamaged.
 
-    Makes it the latest and reads no shard's record. Raises QD309 as `finish` does.
+    With ``make_latest`` it becomes the latest. Reads no shard's record. Raises QD309 as `finish`
+    does.
     """
     name = merge_name(job)
     found = store.find(name)
     if found is None:
         return None
     merged = _merged(job, found.record, int(found.about.get("n_shards", 0)))
-    store.make_latest(name)
+    if make_latest:
+        store.make_latest(name)
     return merged
 
 

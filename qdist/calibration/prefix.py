@@ -41,10 +41,10 @@ def merge_first(
 ) -> Merged:
     """The statistics of `prefix_of`: recalled, or merged from what was measured, or measured.
 
-    The store's latest merge stays that of the whole job where it has one. Raises as `prefix_of` and
-    `complete`.
+    The store's latest merge stays what it is, at every moment, where it has one: others may read it
+    meanwhile, and this may be killed. Raises as `prefix_of` and `complete`.
     """
     part = prefix_of(job, n_samples)
-    merged = recall(part, store) or complete(part, store, measure)
-    recall(job, store)
-    return merged
+    return recall(part, store, make_latest=False) or complete(
+        part, store, measure, make_latest=False
+    )

@@ -24,11 +24,12 @@ def complete(
     *,
     spread: Spread | None = None,
     on_merge: OnProgress | None = None,
+    make_latest: bool = True,
 ) -> Merged:
     """``measure`` what the store lacks and merge; again where something was lost on the way.
 
-    A second round has to measure what turned out damaged, here or to another driver. ``spread`` as
-    in `finish`. Raises what ``measure`` and `finish` raise.
+    A second round has to measure what turned out damaged, here or to another driver. ``spread`` and
+    ``make_latest`` as in `finish`. Raises what ``measure`` and `finish` raise.
     """
     n_rounds = 0
     while True:
@@ -38,7 +39,14 @@ def complete(
         # These fit together. Another driver's, of another size, may not fit with all of them.
         ours = work.receipt_ids | {receipt.id for receipt in measured}
         try:
-            return finish(job, store, among=ours, spread=spread, on_progress=on_merge)
+            return finish(
+                job,
+                store,
+                among=ours,
+                spread=spread,
+                on_progress=on_merge,
+                make_latest=make_latest,
+            )
         except StoreError as error:
             if error.code not in ("QD402", "QD403") or n_rounds == _ROUNDS:
                 raise

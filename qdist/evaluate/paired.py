@@ -30,7 +30,7 @@ Floats = NDArray[np.float64]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
     """One model's metric less another's; ``low .. high`` holds `CONFIDENCE` of it over draws of
-    samples. NaN where the metric is not finite in some draw."""
+    samples. NaN or infinite where the metric is not finite in some draw."""
 
     mean: float
     low: float
@@ -78,8 +78,10 @@ class Resampled:
     def difference(self, ours: int, theirs: int) -> Difference:
         """Of model number ``ours`` less number ``theirs``."""
         tail = 50 * (1 - CONFIDENCE)
-        apart = self._drawn[:, ours] - self._drawn[:, theirs]
-        low, high = np.percentile(apart, (tail, 100 - tail))
+        # A draw without its better samples may be infinite, as perplexities are.
+        with np.errstate(all="ignore"):
+            apart = self._drawn[:, ours] - self._drawn[:, theirs]
+            low, high = np.percentile(apart, (tail, 100 - tail))
         mean = self._whole[ours] - self._whole[theirs]
         return Difference(mean=float(mean), low=float(low), high=float(high))
 

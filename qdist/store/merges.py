@@ -60,15 +60,19 @@ class Merges:
         about: dict[str, Any],
         taps: TapTable,
         batches: Sequence[Batch],
+        *,
+        make_latest: bool,
     ) -> None:
-        """Keep a merge. An earlier one of this name stays, for others may be reading it."""
+        """Keep a merge, and make it the latest: without ``make_latest`` only where there is none.
+        An earlier one of this name stays, for others may be reading it."""
         pointer = json_key(FINISHED, name)
         merge = FinishedMerge(
             name=name, record=record, taps=taps, batches=tuple(batches), about=about
         )
         key, packed = named(MERGES, name, pack_merge(merge))
         written = (pointer, sealed({"merge": key}))
-        self._place.put_in_order([(key, packed), written, *self._new_head(name)])
+        head = self._new_head(name) if make_latest or self.head() is None else []
+        self._place.put_in_order([(key, packed), written, *head])
 
     def finished(self) -> list[str]:
         """Names of all, sorted."""

@@ -108,8 +108,11 @@ class CalibrationStore(Protocol):
         about: dict[str, Any],
         taps: TapTable,
         batches: Sequence[Batch],
+        *,
+        make_latest: bool = True,
     ) -> None:
-        """Keep a merged record under ``name`` and make it the one that `latest` gives.
+        """Keep a merged record under ``name`` and make it the one that `latest` gives: without
+        ``make_latest`` only where there is none yet.
 
         What others read at the moment stays readable. Raises `ValueError` for a name that is not
         made of letters, digits, ``-`` and ``_``, and where the parts do not fit each other.

@@ -189,10 +189,13 @@ class ZarrStore:
         about: dict[str, Any],
         taps: TapTable,
         batches: Sequence[Batch],
+        *,
+        make_latest: bool = True,
     ) -> None:
-        """Keep a merged record under ``name`` and make it the latest. Raises QD404, QD408."""
+        """Keep a merged record under ``name`` and make it the latest: without ``make_latest`` only
+        where there is none. Raises QD404, QD408."""
         self._require_root()
-        self._merges.finish(name, record, about, taps, batches)
+        self._merges.finish(name, record, about, taps, batches, make_latest=make_latest)
 
     def finished(self) -> list[str]:
         """Names of all finished merges, sorted. Raises QD408."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from qdist.calibration import (
     run_shard,
 )
 from qdist.calibration.blockwise import block_records
+from qdist.calibration.here import statistics_here
 from qdist.calibration.prefix import merge_first, prefix_of
 from qdist.calibration.work import Work
 from qdist.errors import ConfigError, DataError, StoreError
@@ -24,8 +27,10 @@ from qdist.model.graph import Graph
 from qdist.plan.choice import LayerChoice
 from qdist.plan.planner import Planner, PlanSettings
 from qdist.stats.observer import Observer
+from qdist.store.layout import HEAD
+from qdist.store.place import Place
 from qdist.store.receipt import ShardReceipt
-from qdist.store.zarr_store import create_store
+from qdist.store.zarr_store import ZarrStore, create_store
 from qdist.threshold.clip import Levels
 from qdist.threshold.convergence import Convergence
 from qdist.threshold.registry import find_threshold
@@ -161,6 +166,55 @@ def test_first_samples_are_a_calibration_of_their_own(
     assert store.latest().record.digest == whole.record.digest
     # A prefix that ends within a shard measures what of it is its own, once.
     assert len(store.receipts()) <= n_receipts + 1
+
+
+class Watched:
+    """A place that notes which objects are written."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self.written: list[str] = []
+
+    def put(self, key: str, data: bytes) -> None:
+        self.written.append(key)
+        self._place.put(key, data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        self.written.append(key)
+        return self._place.create(key, data)
+
+    def put_in_order(
+        self, objects: Sequence[tuple[str, bytes]], *, create_last: bool = False
+    ) -> bool:
+        self.written += [key for key, _ in objects]
+        return self._place.put_in_order(objects, create_last=create_last)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._place, name)
+
+
+def test_first_samples_leave_the_latest_merge_at_every_moment(graph: Graph, tmp_path: Path) -> None:
+    """Also where the calibration stopped early, so that there is no merge of the whole job; and
+    whatever moment a process that merges is killed at."""
+    job = job_of(graph, SOURCE)
+    store = create_store(tmp_path / "s", job.identity)
+    stopped = calibrate_here(job, SOURCE, store, early_stop=EASY)
+    assert stopped.record.n_samples < N
+    watched: Any = Watched(store.place)
+    found = [statistics_here(job, SOURCE, ZarrStore(watched), 5).record for _ in range(2)]
+    assert {record.n_samples for record in found} == {5}
+    assert watched.written
+    assert HEAD not in watched.written
+    assert store.latest().record.digest == stopped.record.digest
+
+
+def test_first_samples_are_the_latest_merge_where_there_is_none(
+    graph: Graph, tmp_path: Path
+) -> None:
+    job = job_of(graph, SOURCE)
+    store = create_store(tmp_path / "s", job.identity)
+    found = statistics_here(job, SOURCE, store, 4)
+    assert store.latest().record.digest == found.record.digest
 
 
 @pytest.mark.parametrize("n", [0, N + 1])

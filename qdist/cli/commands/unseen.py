@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qdist.cli import domain, schema
 from qdist.cli.commands.scoring import make_scorer
-from qdist.cli.commands.trial_models import MODEL
+from qdist.cli.commands.trial_models import MODEL, TrialModels
 from qdist.cli.commands.tune_search import Found
 from qdist.cli.context import Context
+from qdist.errors import QdistError
 from qdist.evaluate.metrics import find_metric
 from qdist.evaluate.metrics.batch import Parts
 from qdist.evaluate.paired import Difference, Resampled, discordant
@@ -20,7 +22,11 @@ from qdist.evaluate.scorer import Scorer
 from qdist.files import write_json
 from qdist.report.values import UnseenRow
 from qdist.search.front import front_of
+from qdist.search.problem import SearchProblem
 from qdist.search.trial import Trial
+
+if TYPE_CHECKING:  # importing Ray costs half a second that --help should not pay
+    from actors.outcome import Outcome
 
 UNSEEN = "unseen.json"
 MOST_P = 0.05
@@ -81,7 +87,15 @@ def score_unseen(
         after, best_parts = scorer.score_samples(model)
         rows: list[UnseenRow] = []
         if float_parts is not None and best_parts is not None:
-            scored = _Scored(scorer, found, best, (after, best_parts))
+            scored = ScoredTrials(
+                scorer,
+                found.outcome,
+                found.problem,
+                found.models,
+                best,
+                (after, best_parts),
+                context.say,
+            )
             rows = scored.rows(float_parts)
     unseen = Unseen(before=before, after=after, rows=tuple(rows))
     write_json(context.folder / UNSEEN, unseen.to_json())
@@ -92,16 +106,28 @@ def score_unseen(
     return unseen
 
 
-class _Scored:
+class ScoredTrials:
     """Trials of a search on other samples, each plan once."""
 
     def __init__(
-        self, scorer: Scorer, found: Found, best: Trial, of_best: tuple[EvalReport, Parts]
+        self,
+        scorer: Scorer,
+        outcome: Outcome,
+        problem: SearchProblem,
+        models: TrialModels,
+        best: Trial,
+        of_best: tuple[EvalReport, Parts],
+        say: Callable[[str], None],
     ) -> None:
+        """``of_best``: what scoring the best one gave. ``say`` hears of trials that are left out
+        because they cannot be scored on these samples."""
         self._scorer = scorer
-        self._found = found
+        self._outcome = outcome
+        self._problem = problem
+        self._models = models
         self._best = best
-        self._known = {_plan(best): of_best}
+        self._say = say
+        self._known: dict[str, tuple[EvalReport, Parts] | None] = {_plan(best): of_best}
 
     def rows(self, float_parts: Parts) -> list[UnseenRow]:
         """The plain plan where it was tried, and the front."""
@@ -143,10 +169,10 @@ class _Scored:
 
     def _plain(self) -> Trial | None:
         """The trial of the plain plan; a vendor's strategy may have none."""
-        plain = dict(self._found.problem.plain)
+        plain = dict(self._problem.plain)
         alike = (
             trial
-            for trial in self._found.outcome.trials
+            for trial in self._outcome.trials
             if trial.report is not None
             and not trial.candidate.settings
             and dict(trial.candidate.choices) == plain
@@ -156,7 +182,7 @@ class _Scored:
     def _wanted(self) -> list[Trial]:
         """The plain plan, the front by rising cost, and the best one, each once. After Ctrl-C there
         is no time for the front."""
-        outcome, problem = self._found.outcome, self._found.problem
+        outcome, problem = self._outcome, self._problem
         front: Iterable[Trial] = ()
         if outcome.stopped != "interrupt":
             front = front_of(outcome.trials, lambda trial: problem.cost(trial.candidate.choices))
@@ -166,14 +192,23 @@ class _Scored:
     def _score(self, trial: Trial) -> tuple[EvalReport, Parts] | None:
         plan = _plan(trial)
         if plan not in self._known:
-            with self._found.models.at(trial.candidate.number) as place:
+            self._known[plan] = self._scored(trial)
+        return self._known[plan]
+
+    def _scored(self, trial: Trial) -> tuple[EvalReport, Parts] | None:
+        try:
+            with self._models.at(trial.candidate.number) as place:
                 if place is None:
                     return None
                 report, parts = self._scorer.score_samples(place / MODEL)
-            if parts is None:
-                return None
-            self._known[plan] = report, parts
-        return self._known[plan]
+        except QdistError as error:
+            # The search has its answer, whatever a plan beside it does on these samples.
+            self._say(
+                f"note: trial {trial.candidate.number} has no score on the samples that the search "
+                f"did not see: {error}"
+            )
+            return None
+        return None if parts is None else (report, parts)
 
 
 def row_numbers(row: UnseenRow) -> dict[str, float]:
@@ -197,5 +232,5 @@ def _json(difference: Difference | None, is_sure: bool) -> dict[str, Any] | None
     if difference is None:
         return None
     numbers = {"mean": difference.mean, "low": difference.low, "high": difference.high}
-    plain = {name: value if value == value else None for name, value in numbers.items()}
-    return {**plain, "counts": is_sure}
+    known = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+    return {**known, "counts": is_sure}
