@@ -335,7 +335,7 @@ def _count(bits: NDArray[np.uint32], start: int, stop: int, scratch: NDArray[np.
             for table in range(4):
                 _bump(bits, at + 4 * j + table, scratch, table)
     for i in range(whole, stop):
-        _bump(bits, i, scratch, i & 3)
+        _bump(bits, i, scratch, (i - start) & 3)
 
 
 @compiled
