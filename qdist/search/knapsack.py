@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 
-from qdist.search.lagrange import swept
+from qdist.search.lagrange import spread, swept
 from qdist.search.solver_output import without_stray_lines
 
 GAP = 1e-4
@@ -130,7 +130,8 @@ class Knapsack:
 
     def front(self, n_budgets: int, budget: float = _INFINITE) -> tuple[Solution, ...]:
         """Solutions of least harm from the cheapest choice to the least harmful, for some
-        ``n_budgets`` budgets between them, at most ``budget``; by cost, none dominated by another.
+        ``n_budgets`` budgets between them, each the same factor from the next, at most ``budget``;
+        by cost, none dominated by another.
 
         Exact for small knapsacks; large ones are swept by `qdist.search.lagrange` in between.
         """
@@ -142,7 +143,7 @@ class Knapsack:
         low = self.solve(low.cost) or low
         found = [low, high]
         if self.n_items <= EXACT_ITEMS or self.implied:
-            budgets = np.linspace(low.cost, high.cost, n_budgets)[1:-1]
+            budgets = spread(low.cost, high.cost, n_budgets - 2)
             found += [s for s in (self.solve(float(step)) for step in budgets) if s is not None]
         else:
             for picks in swept(self, n_budgets):

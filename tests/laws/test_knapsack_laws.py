@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qdist.search.knapsack import GroupEdge, Item, Knapsack, Pair, Solution, undominated
-from qdist.search.lagrange import swept
+from qdist.search.lagrange import spread, swept
 
 KINDS = ("int4", "int8", "int16")
 NUMBERS = st.integers(0, 40).map(lambda n: n / 4)
@@ -123,6 +123,42 @@ def test_a_sweep_of_a_large_knapsack_is_near_what_exact_solving_finds() -> None:
         exact = knapsack.solve(solution.cost)
         assert exact is not None
         assert solution.harm <= 1.05 * exact.harm
+
+
+@given(st.floats(0, 1e12), st.floats(0, 1e12), st.integers(0, 40))
+def test_budgets_lie_between_two_costs_each_the_same_factor_from_the_next(
+    low: float, high: float, n: int
+) -> None:
+    found = spread(low, high, n)
+    assert len(found) in (0, n)
+    if low < 0.999 * high and n:
+        assert len(found) == n
+    start = max(low, high / 1000)
+    ends = [start, *found, high]
+    assert all(low < cost < high for cost in found[1:-1])
+    if len(found):
+        factors = [b / a for a, b in itertools.pairwise(ends)]
+        assert factors == pytest.approx([factors[0]] * len(factors))
+
+
+@pytest.mark.parametrize("n", [60, 160])
+def test_a_front_is_as_fine_where_plans_are_cheap_as_where_they_are_dear(n: int) -> None:
+    """Solved budget by budget, and swept by prices."""
+    rng = random.Random(n)
+    groups = []
+    for _ in range(n):
+        scale, size = rng.lognormvariate(0, 1.5), rng.uniform(1, 20)
+        groups.append(
+            tuple(
+                Item(harm=scale * 4.0 ** -(bits / 4), cost=size * bits * bits, kind=str(bits))
+                for bits in (8, 16, 27)
+            )
+        )
+    front = Knapsack(groups=tuple(groups), fixed=50.0).front(30)
+    costs = [solution.cost for solution in front]
+    assert costs[-1] > 10 * costs[0]
+    step = (costs[-1] / costs[0]) ** (1 / 29)
+    assert max(b / a for a, b in itertools.pairwise(costs)) < 1.5 * (step - 1) + 1
 
 
 @given(st.lists(st.tuples(NUMBERS, NUMBERS), max_size=12))

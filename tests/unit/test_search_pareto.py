@@ -188,7 +188,7 @@ def test_a_target_is_met_at_a_lower_cost_and_a_budget_is_kept() -> None:
     score = score_of(problem, 1)
     plain = score(Candidate(number=0, label="", choices=problem.plain))
     assert plain is not None
-    wanted = SearchSettings(max_trials=12, target=plain - 0.004)
+    wanted = SearchSettings(max_trials=12, n_budgets=60, target=plain - 0.004)
     trials = search(Pareto(problem, wanted), score)
     found = answer_of(trials, problem, target=wanted.target)
     assert found is not None
@@ -363,7 +363,7 @@ def test_a_search_with_fewer_trials_is_the_beginning_of_one_with_more() -> None:
     score = score_of(problem, 3)
 
     def keys(n_trials: int) -> list[str]:
-        wanted = SearchSettings(max_trials=n_trials, n_budgets=6, patience=9)
+        wanted = SearchSettings(max_trials=n_trials, n_budgets=8, patience=9)
         return [trial.candidate.key for trial in search(Pareto(problem, wanted), score)]
 
     many = keys(10)
