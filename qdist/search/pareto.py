@@ -189,8 +189,13 @@ class Pareto:
         open_ = [s for s in self._predicted if not self._is_seen(self._wanted(s).plan)]
         if not open_ or self._n_own >= self._settings.max_trials:
             return None
-        gaps = self._gaps(found)
-        best = max(open_, key=lambda s: (self._is_wanted(s), gaps.worth(s.cost), -s.cost))
+        gaps, plain_cost = self._gaps(found), self._problem.cost(self._problem.plain)
+
+        def worth(cost: float) -> float:
+            # Beyond the plain plan, what costs twice as much is wanted half as much.
+            return gaps.worth(cost) * (plain_cost / cost if 0 < plain_cost < cost else 1.0)
+
+        best = max(open_, key=lambda s: (self._is_wanted(s), worth(s.cost), -s.cost))
         exact = knapsack.solve(best.cost)
         if exact is not None and not self._is_seen(self._wanted(exact).plan):
             best = exact
