@@ -21,7 +21,7 @@ class SearchSettings:
 
     max_trials: int = 12
     trials_per_round: int = 4
-    n_budgets: int = 30
+    n_budgets: int = 40
     patience: int = 2
     budget: float | None = None
     target: float | None = None

@@ -67,7 +67,7 @@ def test_whole_plans_are_tried_with_the_clippings_that_a_user_names(
         *("search.max_trials=5", "search.saturations=[]", "search.sensitivity_samples=4"),
         *("compare.samples=8", "compare.batch=3"),
     )
-    said = succeed(*words, "search.clipping=[max:th_scale=0.5,percentile:99.5]")
+    said = succeed(*words, "search.clipping=['max:th_scale=0.5',percentile:99.5]")
     assert "max:th_scale=0.5 everywhere" in said
     assert "least harm, max:th_scale=0.5" in said
 
