@@ -161,6 +161,27 @@ def test_a_front_is_as_fine_where_plans_are_cheap_as_where_they_are_dear(n: int)
     assert max(b / a for a, b in itertools.pairwise(costs)) < 1.5 * (step - 1) + 1
 
 
+def test_where_a_price_turns_many_groups_at_once_there_is_a_plan_between() -> None:
+    """A chain whose conversions cost more than its layers: swept, it changes as a whole."""
+    rng = random.Random(5)
+    groups = tuple(
+        tuple(
+            Item(harm=scale * 4.0 ** -(bits / 4), cost=10.0 * bits, kind=kind)
+            for kind, bits in (("int4", 4), ("int8", 8), ("int16", 16))
+        )
+        for scale in [rng.uniform(1, 1.1) for _ in range(150)]
+    )
+    conversion = {(a, b): 200.0 for a in KINDS for b in KINDS if a != b}
+    edges = tuple(GroupEdge(source=g, reader=g + 1, conversion=conversion) for g in range(149))
+    knapsack = Knapsack(groups=groups, edges=edges)
+    alone = sorted(knapsack.cost(picks) for picks in swept(knapsack, 12))
+    hole = max(itertools.pairwise(alone), key=lambda pair: pair[1] / pair[0])
+    assert hole[1] > 1.3 * hole[0]
+    between = [s for s in knapsack.front(12) if hole[0] < s.cost < hole[1]]
+    assert between
+    assert all(len(set(solution.picks)) > 1 for solution in between)
+
+
 @given(st.lists(st.tuples(NUMBERS, NUMBERS), max_size=12))
 def test_nothing_of_a_front_is_dominated(points: list[tuple[float, float]]) -> None:
     solutions = [Solution(picks=(i,), harm=h, cost=c) for i, (h, c) in enumerate(points)]
