@@ -423,10 +423,17 @@ def search_settings(
         patience=config.patience,
         budget=_budget(config.budget, plain_cost),
         target=config.target,
+        clipping=_clipping(config),
         include_greedy=config.include_greedy,
         greedy=own,
         options=config.options,
     )
+
+
+def _clipping(config: schema.SearchConfig) -> tuple[str, ...]:
+    for method in config.clipping:
+        check_method(method, where="search.clipping")
+    return tuple(config.clipping)
 
 
 def _budget(given: float | str | None, plain_cost: float) -> float | None:

@@ -70,8 +70,13 @@ class SearchConfig(Group):
         "ends no search early, see search.stop_score",
     )
     trials_per_round: int = Field(4, ge=1, description="plans that pareto verifies at a time")
-    n_budgets: int = Field(30, ge=2, description="points of the front that pareto predicts")
+    n_budgets: int = Field(40, ge=2, description="points of the front that pareto predicts")
     patience: int = Field(2, ge=1, description="rounds without a better front that end pareto")
+    clipping: list[str] = Field(
+        ["percentile:99.9", "percentile:99.5", "percentile:99", "percentile:99.97"],
+        description="threshold methods that pareto tries on whole plans, as all layers of one "
+        "width have them; the first of each kind first, its neighbours where it helps",
+    )
     include_greedy: bool = Field(
         False, description="run greedy beside pareto, with as many trials more"
     )

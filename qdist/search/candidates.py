@@ -53,10 +53,10 @@ class CandidateTable:
             for names in self.groups
         ]
 
-    def other_method(self) -> tuple[str, dict[str, LayerChoice]] | None:
-        """The plain plan with one threshold method in all layers that take it, the least harmful
-        beside its own: its name, and the plan. None where layers have no other method, or none that
-        finds other ranges: what harms every group exactly as the plain plan does is that plan."""
+    def other_method(self) -> str | None:
+        """The threshold method that harms least beside the plain plan's own, where all layers that
+        take it have it. None where layers have no other method, or none that finds other ranges:
+        what harms every group exactly as the plain plan does is that plan."""
         plain, options = self._problem.plain, self._problem.options
         found: dict[str, dict[str, LayerChoice]] = {}
         for name, known in options.items():
@@ -65,13 +65,12 @@ class CandidateTable:
                 if choice != plain[name] and choice == replace(plain[name], saturation=method):
                     found.setdefault(method, {})[name] = choice
         own = self.harms_of(plain)
-        best: tuple[str, dict[str, LayerChoice]] | None = None
+        best: str | None = None
         least = math.inf
         for method, changed in found.items():
-            plan = {**plain, **changed}
-            harms = self.harms_of(plan)
+            harms = self.harms_of({**plain, **changed})
             if harms != own and sum(harms) < least:
-                best, least = (method, plan), sum(harms)
+                best, least = method, sum(harms)
         return best
 
     def knapsack(self, weights: Sequence[float]) -> Knapsack:

@@ -8,6 +8,7 @@ target reached, ``round_num`` rounds, or nothing left to change.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 
 from qdist.errors import ConfigError
@@ -19,6 +20,8 @@ from qdist.search.problem import SearchProblem
 from qdist.search.proposals import Proposals
 from qdist.search.trial import Candidate, Choices, Trial
 
+_N_AHEAD = 2
+"""How far its own guesses are worth following."""
 PRIORITIES = ("accuracy", "tradeoff", "performance")
 Alone = Mapping[str, Mapping[LayerChoice, Deviation]]
 """Layer -> choice -> deviation of its output when it alone has it."""
@@ -155,6 +158,25 @@ class Icraft:
             if move is not None and move.is_trial:
                 self._helped.update(move.names)
             self._current = trial
+
+    def speculate(self, finished: Sequence[Trial], running: Sequence[Candidate]) -> list[Candidate]:
+        """The plans after the running one, as long as measures in place stay what they are: a
+        change that stays has been made, and one that has to be better first was not."""
+        if finished or not running:
+            return []
+        shared = (self._problem, self._settings, self._alone, self._order, self._group_of)
+        kept = (*shared, self._in_place, self._current)
+        copy = deepcopy(self, {id(entry): entry for entry in kept})
+        found: list[Candidate] = []
+        while len(found) < _N_AHEAD:
+            move, copy._last = copy._last, None
+            if move is not None and not move.is_trial:
+                copy._choices = dict(move.choices)
+            after = copy.ask()
+            if not after:
+                break
+            found += after
+        return found
 
     def _next_move(self) -> _Move | None:
         if self._settings.priority == "accuracy":

@@ -11,19 +11,27 @@ need not be integers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 
-from qdist.search.lagrange import swept
+from qdist.search.lagrange import spread, swept
 from qdist.search.solver_output import without_stray_lines
 
 GAP = 1e-4
 """Relative distance to the optimum at which the solver may stop."""
+_ROUGH_GAP = 1e-2
+"""The same for what fills the holes of a swept front."""
+_HOLE = 1.5
+"""So many times the usual step in the logarithm of cost is a hole."""
+_MOST_HOLES = 4
+"""Of the widest, since each takes an exact solution."""
 EXACT_ITEMS = 400
 """Candidates in all up to which a front is solved budget by budget."""
 _INFINITE = float("inf")
@@ -116,14 +124,16 @@ class Knapsack:
         raised = [group[k].is_raised for group, k in zip(self.groups, picks, strict=True)]
         return all(raised[b] or not raised[a] for a, b in self.implied)
 
-    def solve(self, budget: float = _INFINITE, *, cheapest: bool = False) -> Solution | None:
-        """The least harm whose cost is at most ``budget``, to within `GAP`; None where nothing
-        fits. ``cheapest``: the least cost instead. Of equal ones, always the same."""
+    def solve(
+        self, budget: float = _INFINITE, *, cheapest: bool = False, gap: float = GAP
+    ) -> Solution | None:
+        """The least harm whose cost is at most ``budget``, to within ``gap`` of it; None where
+        nothing fits. ``cheapest``: the least cost instead. Of equal ones, always the same."""
         if not self.groups:
             return Solution(picks=(), harm=0.0, cost=self.fixed) if self.fixed <= budget else None
         if not self._program:
             self._program.append(_Program(self))
-        picks = self._program[0].solve(budget, cheapest=cheapest)
+        picks = self._program[0].solve(budget, cheapest=cheapest, gap=gap)
         if picks is None:
             return None
         return Solution(picks=picks, harm=self.harm(picks), cost=self.cost(picks))
@@ -145,20 +155,36 @@ class Knapsack:
 
     def front(self, n_budgets: int, budget: float = _INFINITE) -> tuple[Solution, ...]:
         """Solutions of least harm from the cheapest choice to the least harmful, for some
-        ``n_budgets`` budgets between them, at most ``budget``; by cost, none dominated by another.
+        ``n_budgets`` budgets between them, each the same factor from the next, at most ``budget``;
+        by cost, none dominated by another.
 
-        Exact for small knapsacks; large ones are swept by `qdist.search.lagrange` in between.
+        Exact for small knapsacks; large ones are swept by `qdist.search.lagrange` in between, and
+        the widest holes that this leaves are filled.
         """
         found = list(self.ends(budget))
         if not found:
             return ()
         if self.is_small:
-            budgets = np.linspace(found[0].cost, found[-1].cost, n_budgets)[1:-1]
+            budgets = spread(found[0].cost, found[-1].cost, n_budgets - 2)
             found += [s for s in (self.solve(float(step)) for step in budgets) if s is not None]
         else:
             for picks in swept(self, n_budgets):
                 found.append(Solution(picks=picks, harm=self.harm(picks), cost=self.cost(picks)))
+            found += self._in_holes(undominated(found), n_budgets)
         return undominated(s for s in found if s.cost <= budget)
+
+    def _in_holes(self, front: Sequence[Solution], n_budgets: int) -> Iterable[Solution]:
+        """Solutions in the middle of the widest holes: where conversions tie groups together, a
+        price turns many at once, and no price finds what lies between."""
+        if len(front) < 2 or front[0].cost <= 0:
+            return
+        usual = math.log(front[-1].cost / front[0].cost) / max(1, n_budgets - 1)
+        holes = [(math.log(b.cost / a.cost), a.cost) for a, b in pairwise(front)]
+        for width, start in sorted(holes, reverse=True)[:_MOST_HOLES]:
+            if width > _HOLE * usual:
+                found = self.solve(start * math.exp(width / 2), gap=_ROUGH_GAP)
+                if found is not None:
+                    yield found
 
 
 def undominated(solutions: Iterable[Solution]) -> tuple[Solution, ...]:
@@ -192,7 +218,7 @@ class _Program:
         self._add_implied()
         self._matrix = self._built()
 
-    def solve(self, budget: float, *, cheapest: bool) -> tuple[int, ...] | None:
+    def solve(self, budget: float, *, cheapest: bool, gap: float) -> tuple[int, ...] | None:
         harms = np.array(self._harms)
         costs = np.array(self._costs)
         scale = float(np.abs(costs).max()) or 1.0
@@ -212,7 +238,7 @@ class _Program:
                 integrality=integrality,
                 bounds=Bounds(0, 1),
                 constraints=constraints,
-                options={"mip_rel_gap": GAP},
+                options={"mip_rel_gap": gap},
             )
         if result.x is None:
             return None

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # knapsack builds on this module
     from qdist.search.knapsack import Knapsack
 
 _PASSES = 4
+_DEEPEST = 1000.0
 Floats = NDArray[np.float64]
 
 
@@ -30,7 +31,7 @@ def swept(knapsack: Knapsack, n_prices: int) -> Iterator[tuple[int, ...]]:
     ]
     links = _links(knapsack)
     picks: list[int] | None = None
-    for price in _prices(groups, n_prices):
+    for price in _prices(groups, n_prices, knapsack.fixed):
         values = [harm + price * cost for harm, cost in groups]
         picks = [int(np.argmin(value)) for value in values]
         for _ in range(_PASSES if links else 0):
@@ -80,8 +81,19 @@ def _links(knapsack: Knapsack) -> dict[int, list[_Link]]:
     return dict(sorted(found.items()))
 
 
-def _prices(groups: list[tuple[Floats, Floats]], n: int) -> list[float]:
-    """Prices at which choices change, such that their costs are evenly spread; rising."""
+def spread(low: float, high: float, n: int) -> Floats:
+    """``n`` costs strictly between two, by rising cost, each the same factor from the next; float64
+    [n], empty where there is nothing between. Below a thousandth of ``high`` there are none: from a
+    cost of 0 no factor leads anywhere."""
+    start = max(low, high / _DEEPEST)
+    if n < 1 or not start < high:
+        return np.empty(0)
+    return np.geomspace(start, high, n + 2)[1:-1]
+
+
+def _prices(groups: list[tuple[Floats, Floats]], n: int, fixed: float) -> list[float]:
+    """Prices at which choices change, such that the costs of the whole, ``fixed`` and what groups
+    cost, are the same factor from each other; rising."""
     slopes: list[tuple[float, float]] = []
     for harms, costs in groups:
         slopes += _hull(harms, costs)
@@ -90,8 +102,9 @@ def _prices(groups: list[tuple[Floats, Floats]], n: int) -> list[float]:
     prices, steps = np.array(sorted(slopes)).T
     # From the dearest choice down: each price saves its step of cost.
     saved = np.cumsum(steps)
-    wanted = np.linspace(0, saved[-1], n + 2)[1:-1]
-    places = np.unique(np.searchsorted(saved, wanted))
+    dearest = fixed + sum(float(costs[np.lexsort((costs, harms))[0]]) for harms, costs in groups)
+    wanted = dearest - spread(dearest - float(saved[-1]), dearest, n)
+    places = np.unique(np.searchsorted(saved, wanted).clip(max=len(saved) - 1))
     return [float(prices[i]) * (1 + 1e-12) for i in places]
 
 

@@ -15,15 +15,17 @@ class SearchSettings:
     ``n_budgets``: points of its predicted front. ``patience``: rounds in a row in which the front
     of verified trials stands still before the search is over. ``budget``: the largest cost of an
     answer, in the unit of the problem. ``target``: a score that is good enough: the cheapest plan
-    that reaches it is the answer. ``include_greedy``: run the greedy search beside, with
+    that reaches it is the answer. ``clipping``: threshold methods that whole plans are tried with,
+    see `qdist.search.clipping`. ``include_greedy``: run the greedy search beside, with
     ``greedy``; its trials come on top of ``max_trials``. ``options``: for other strategies."""
 
     max_trials: int = 12
     trials_per_round: int = 4
-    n_budgets: int = 30
+    n_budgets: int = 40
     patience: int = 2
     budget: float | None = None
     target: float | None = None
+    clipping: tuple[str, ...] = ()
     include_greedy: bool = False
     greedy: GreedySettings = field(default_factory=GreedySettings)
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -11,7 +11,7 @@ import pytest
 
 from actors.session import RaySession
 from qdist.plan.plan import load_plan
-from tests.command_line import succeed
+from tests.command_line import check_error, here, succeed
 from tests.e2e.tracked import client_for, made_uri
 
 SCORED = (
@@ -77,3 +77,42 @@ def models(client: Any, parent: Any) -> dict[str, bytes]:
         ).read_bytes()
         for run in children
     }
+
+
+def test_whole_plans_are_tried_with_the_clippings_that_a_user_names(
+    cluster: RaySession, cnn_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+    folder = Path(shutil.copytree(cnn_runs, "qdist-runs")).absolute() / "digits_cnn"
+    words = (
+        *("tune", *SCORED, "tracking=none", "cluster.workers=1"),
+        *("search.max_trials=5", "search.saturations=[]", "search.sensitivity_samples=4"),
+        *("compare.samples=8", "compare.batch=3"),
+    )
+    said = succeed(*words, "search.clipping=['max:th_scale=0.5',percentile:99.5]")
+    assert "max:th_scale=0.5 everywhere" in said
+    assert "least harm, max:th_scale=0.5" in said
+
+    def tops(number: int) -> dict[str, float]:
+        plan = load_plan(folder / f"trials/trial-{number:03d}/plan.json")
+        return {
+            entry.tensor: entry.quantizer.bounds[1]
+            for layer in plan.layers
+            for entry in layer.activations
+        }
+
+    trials = sorted((folder / "trials").glob("trial-*/trial.json"))
+    labels = [json.loads(trial.read_text())["label"] for trial in trials]
+    halved = tops(labels.index("max:th_scale=0.5 everywhere"))
+    succeed(*words, "search.max_trials=1", "quantization.saturation=max")
+    whole = tops(0)
+    assert halved.keys() == whole.keys()
+    for tensor, top in whole.items():
+        assert halved[tensor] == pytest.approx(top / 2, rel=1e-6)
+    for wrong, code in (
+        ("msee", "QD501"),
+        ("percentile:99.9,percent=3", "QD502"),
+        ("percentile:200", "QD104"),
+    ):
+        check_error(here(*words, f"search.clipping=['{wrong}']"), code, wrong.split(":")[-1][:3])

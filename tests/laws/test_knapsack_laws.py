@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import random
 
 import pytest
@@ -11,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qdist.search.knapsack import GroupEdge, Item, Knapsack, Pair, Solution, undominated
-from qdist.search.lagrange import swept
-from qdist.search.sweep import PredictedFront
+from qdist.search.lagrange import spread, swept
 
 KINDS = ("int4", "int8", "int16")
 NUMBERS = st.integers(0, 40).map(lambda n: n / 4)
@@ -127,6 +125,66 @@ def test_a_sweep_of_a_large_knapsack_is_near_what_exact_solving_finds() -> None:
         assert solution.harm <= 1.05 * exact.harm
 
 
+@given(st.floats(0, 1e12), st.floats(0, 1e12), st.integers(0, 40))
+def test_budgets_lie_between_two_costs_each_the_same_factor_from_the_next(
+    low: float, high: float, n: int
+) -> None:
+    found = spread(low, high, n)
+    assert len(found) in (0, n)
+    if low < 0.999 * high and n:
+        assert len(found) == n
+    start = max(low, high / 1000)
+    ends = [start, *found, high]
+    assert all(low < cost < high for cost in found[1:-1])
+    if len(found):
+        factors = [b / a for a, b in itertools.pairwise(ends)]
+        assert factors == pytest.approx([factors[0]] * len(factors))
+
+
+@pytest.mark.parametrize("n", [60, 160])
+def test_a_front_is_as_fine_where_plans_are_cheap_as_where_they_are_dear(n: int) -> None:
+    """Solved budget by budget, and swept by prices."""
+    rng = random.Random(n)
+    groups = []
+    for _ in range(n):
+        scale, size = rng.lognormvariate(0, 1.5), rng.uniform(1, 20)
+        groups.append(
+            tuple(
+                Item(harm=scale * 4.0 ** -(bits / 4), cost=size * bits * bits, kind=str(bits))
+                for bits in (8, 16, 27)
+            )
+        )
+    front = Knapsack(groups=tuple(groups), fixed=50.0).front(30)
+    costs = [solution.cost for solution in front]
+    assert costs[-1] > 10 * costs[0]
+    step = (costs[-1] / costs[0]) ** (1 / 29)
+    assert max(b / a for a, b in itertools.pairwise(costs)) < 1.5 * (step - 1) + 1
+
+
+def test_where_a_price_turns_many_groups_at_once_there_is_a_plan_between(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A chain whose conversions cost more than its layers: swept, it changes as a whole."""
+    monkeypatch.setattr("qdist.search.knapsack.EXACT_ITEMS", 0)
+    rng = random.Random(5)
+    groups = tuple(
+        tuple(
+            Item(harm=scale * 4.0 ** -(bits / 4), cost=10.0 * bits, kind=kind)
+            for kind, bits in (("int4", 4), ("int8", 8), ("int16", 16))
+        )
+        for scale in [rng.uniform(1, 1.1) for _ in range(24)]
+    )
+    conversion = {(a, b): 200.0 for a in KINDS for b in KINDS if a != b}
+    edges = tuple(GroupEdge(source=g, reader=g + 1, conversion=conversion) for g in range(23))
+    knapsack = Knapsack(groups=groups, edges=edges)
+    alone = sorted(knapsack.cost(picks) for picks in swept(knapsack, 12))
+    hole = max(itertools.pairwise(alone), key=lambda pair: pair[1] / pair[0])
+    assert hole[1] > 1.3 * hole[0]
+    between = [s for s in knapsack.front(12) if hole[0] < s.cost < hole[1]]
+    assert between
+    assert all(len(set(solution.picks)) > 1 for solution in between)
+
+
 @given(st.lists(st.tuples(NUMBERS, NUMBERS), max_size=12))
 def test_nothing_of_a_front_is_dominated(points: list[tuple[float, float]]) -> None:
     solutions = [Solution(picks=(i,), harm=h, cost=c) for i, (h, c) in enumerate(points)]
@@ -153,20 +211,3 @@ def test_nothing_to_choose_costs_what_is_fixed() -> None:
     nothing = Knapsack(groups=(), fixed=3.0)
     assert nothing.solve() == Solution(picks=(), harm=0.0, cost=3.0)
     assert nothing.solve(2.0) is None
-
-
-@settings(max_examples=60, deadline=None)
-@given(knapsacks(), NUMBERS)
-def test_a_front_solved_where_it_is_looked_at_is_the_front(
-    knapsack: Knapsack, wanted: float
-) -> None:
-    whole = knapsack.front(8)
-    front = PredictedFront(knapsack, 8, math.inf)
-    found = front.best(lambda solution: True, lambda cost: (-abs(cost - wanted),))
-    if found is None:
-        assert whole == ()
-        return
-    nearer = (s for s in whole if s.cost <= found.cost)
-    assert min(s.harm for s in nearer) >= found.harm - 1e-3
-    assert front.best(lambda solution: False, lambda cost: (cost,)) is None
-    assert front.solutions == whole

@@ -116,10 +116,18 @@ class Chain:
         return Trial(candidate=candidate, report=report, n_bytes=1, layers=layers)
 
 
-def search(chain: Chain, how: IcraftSettings, fails: Sequence[int] = ()) -> list[Trial]:
+def search(
+    chain: Chain,
+    how: IcraftSettings,
+    fails: Sequence[int] = (),
+    guesses: list[list[str]] | None = None,
+) -> list[Trial]:
+    """``guesses``: filled with what the strategy expects next, in each round."""
     strategy = Icraft(chain.problem(), how, chain.alone())
     done: list[Trial] = []
     while proposals := strategy.ask():
+        if guesses is not None:
+            guesses.append([c.key for c in strategy.speculate([], proposals)])
         trials = [
             Trial(candidate=c, report=None, n_bytes=0, reason="it failed")
             if c.number in fails
@@ -292,6 +300,33 @@ def test_never_twice_never_too_many_and_always_the_same(
             assert (name in trial.candidate.changed) == (choice != chain.options()[0])
         if chip == "buyi" and not float_cal:
             assert "float32" not in precisions(trial)
+
+
+@settings(max_examples=40)
+@given(CHAINS, st.sampled_from(PRIORITIES), st.integers(1, 12))
+def test_guesses_of_what_comes_next_change_nothing(
+    chain: Chain, priority: str, n_rounds: int
+) -> None:
+    chain = replace(chain, saturations=("max", "mse"))
+    how = IcraftSettings(priority=priority, round_num=n_rounds, target=None)
+    guesses: list[list[str]] = []
+    trials = search(chain, how, guesses=guesses)
+    keys = [trial.candidate.key for trial in trials]
+    assert keys == [trial.candidate.key for trial in search(chain, how)]
+    if priority == "accuracy":
+        # Layers by themselves say all: each of the next two rounds is known before.
+        assert guesses == [keys[i + 1 : i + 3] for i in range(len(keys))]
+
+
+def test_the_next_change_is_known_while_the_layers_found_last_are_being_changed() -> None:
+    chain = Chain(errors=(0.12, 0.12, 0.12), ops=("Conv",) * 3)
+    guesses: list[list[str]] = []
+    how = IcraftSettings(priority="tradeoff", target=None)
+    trials = search(chain, how, guesses=guesses)
+    keys = [trial.candidate.key for trial in trials]
+    assert len(keys) > 3
+    assert guesses[0] == []  # nothing is measured in place yet
+    assert any(guess[:1] == keys[i + 1 : i + 2] != [] for i, guess in enumerate(guesses))
 
 
 def test_layers_of_a_group_are_raised_together() -> None:
