@@ -137,7 +137,7 @@ class LocalPlace:
                     descriptors = []
                     for parent, partial, (_, data) in zip(parents, partials, objects, strict=True):
                         if parent != self.folder:
-                            parent.mkdir(exist_ok=True)
+                            _make_folder(parent)
                         file = files.enter_context(partial.open("xb"))
                         file.write(data)
                         file.flush()
@@ -160,6 +160,18 @@ class LocalPlace:
             if error.errno in _GONE:
                 raise failures.unreachable(self.where, "the folder is gone") from error
             raise failures.unwritable(self.where, _reason(error)) from error
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the folder where it is missing, in one that is there."""
+    try:
+        folder.mkdir(exist_ok=True)
+    except FileExistsError:
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise
+        # It was there, and was taken away before `mkdir` could look at it: where all of the store
+        # was, this says so.
+        folder.mkdir(exist_ok=True)
 
 
 def _all_at_once(sync: Callable[[_T], None], each: Collection[_T]) -> None:

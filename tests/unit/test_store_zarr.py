@@ -647,3 +647,33 @@ def test_many_writers_of_one_local_object_have_one_winner(tmp_path: Path) -> Non
             assert won.count(True) == 1
             assert place.get(f"receipts/{i}") == contents[won.index(True)]
     assert len(place.entries("receipts")) == 20
+
+
+def test_a_folder_that_goes_while_it_is_made_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, away = tmp_path / "store", tmp_path / "away"
+    place = LocalPlace(folder)
+    place.make()
+    place.put("records/one", b"1")
+    make = os.mkdir
+
+    def and_take_away(path: Any, mode: int = 0o777) -> None:
+        try:
+            make(path, mode)
+        finally:
+            if folder.exists():
+                folder.rename(away)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", and_take_away)
+        with pytest.raises(StoreError, match="the folder is gone") as caught:
+            place.put("records/two", b"2")
+    assert caught.value.code == "QD408"
+    away.rename(folder)
+    place.put("records/two", b"2")
+    assert place.get("records/two") == b"2"
+    (folder / "file").write_bytes(b"")
+    with pytest.raises(StoreError, match="File exists") as caught:
+        place.put("file/three", b"3")
+    assert caught.value.code == "QD404"
