@@ -175,12 +175,11 @@ class CandidateTable:
 
     def _item(self, g: int, candidate: GroupCandidate, weight: float) -> Item:
         first_name, first = candidate.choices[0]
-        plain = self._problem.plain[first_name]
         return Item(
             harm=weight * candidate.harm,
             cost=candidate.cost + self._extra.get((g, stored_type(first)), 0.0),
             kind=stored_type(first),
-            is_raised=(first.bits.activation_bits or 32) > (plain.bits.activation_bits or 32),
+            is_raised=self._problem.is_raised(first_name, first),
         )
 
     def _split_edges(self) -> tuple[tuple[GroupEdge, ...], dict[tuple[int, str], float]]:

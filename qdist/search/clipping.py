@@ -169,14 +169,10 @@ class Clipping:
         found = dict(plan)
         for layer in self._problem.layers:
             choice = plan[layer.name]
-            method = methods.get(self._width(layer.name, choice))
+            method = methods.get(self._problem.is_raised(layer.name, choice))
             if method is not None and _has_range(choice):
                 found[layer.name] = replace(choice, saturation=method, th_scale=1.0)
         return found
-
-    def _width(self, name: str, choice: LayerChoice) -> Width:
-        plain = self._problem.plain[name]
-        return (choice.bits.activation_bits or 32) > (plain.bits.activation_bits or 32)
 
 
 def _gain(trial: Trial) -> float:

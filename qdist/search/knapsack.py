@@ -138,21 +138,6 @@ class Knapsack:
             return None
         return Solution(picks=picks, harm=self.harm(picks), cost=self.cost(picks))
 
-    @property
-    def is_small(self) -> bool:
-        """Whether a front is solved budget by budget."""
-        return self.n_items <= EXACT_ITEMS or bool(self.implied)
-
-    def ends(self, budget: float = _INFINITE) -> tuple[Solution, ...]:
-        """The cheapest choice and the least harmful one that cost at most ``budget``, by cost, none
-        dominated by the other; none where nothing fits."""
-        low = self.solve(budget, cheapest=True)
-        high = self.solve(budget)
-        if low is None or high is None:
-            return ()
-        # Of all choices of the least cost, the one of least harm.
-        return undominated((self.solve(low.cost) or low, high))
-
     def front(self, n_budgets: int, budget: float = _INFINITE) -> tuple[Solution, ...]:
         """Solutions of least harm from the cheapest choice to the least harmful, for some
         ``n_budgets`` budgets between them, each the same factor from the next, at most ``budget``;
@@ -161,11 +146,15 @@ class Knapsack:
         Exact for small knapsacks; large ones are swept by `qdist.search.lagrange` in between, and
         the widest holes that this leaves are filled.
         """
-        found = list(self.ends(budget))
-        if not found:
+        low = self.solve(budget, cheapest=True)
+        high = self.solve(budget)
+        if low is None or high is None:
             return ()
-        if self.is_small:
-            budgets = spread(found[0].cost, found[-1].cost, n_budgets - 2)
+        # Of all choices of the least cost, the one of least harm.
+        low = self.solve(low.cost) or low
+        found = [low, high]
+        if self.n_items <= EXACT_ITEMS or self.implied:
+            budgets = spread(low.cost, high.cost, n_budgets - 2)
             found += [s for s in (self.solve(float(step)) for step in budgets) if s is not None]
         else:
             for picks in swept(self, n_budgets):

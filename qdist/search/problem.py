@@ -61,6 +61,11 @@ class SearchProblem:
     float_score: float | None = None
     higher_is_better: bool = True
 
+    def is_raised(self, name: str, choice: LayerChoice) -> bool:
+        """Whether a layer's activations have more bits than in the plain plan."""
+        plain = self.plain[name]
+        return (choice.bits.activation_bits or 32) > (plain.bits.activation_bits or 32)
+
     def cost(self, choices: Choices) -> float:
         """What a plan costs, in the unit of ``costs``."""
         return self.costs.total(choices)
