@@ -311,6 +311,7 @@ class _Search:
             details={**result.details, "reused": result.reused},
             layers=result.layers if candidate.wants_layers else {},
             cost=cost(candidate.choices) if cost else None,
+            plain_cost=self._hooks.plain_cost,
         )
         del self._round.waiting[candidate.number]
         self._round.by_key[key].remove(candidate)

@@ -95,7 +95,11 @@ def collect(calibrator: Any, subject: Subject) -> int:
 
 
 class Crew:
-    """Warm workers, each a process with one thread, that share the shards of one calibration."""
+    """Warm workers, each a process with one thread, that share the shards of one calibration.
+
+    Beside them as many plain float runs, which share the samples: no calibration that runs the
+    model can take less.
+    """
 
     def __init__(self, subject: Subject, folder: Path) -> None:
         self._job = subject.job("all")
@@ -113,6 +117,10 @@ class Crew:
             ]
             for n_workers in (1, ALL_CORES)
         }
+        self._float_roles = [
+            Role("float runs", {**arguments, "turn": turn, "n_turns": ALL_CORES})
+            for turn in range(ALL_CORES)
+        ]
 
     def wait_until_warm(self) -> None:
         """Until every worker has measured a shard."""
@@ -134,6 +142,15 @@ class Crew:
         shutil.rmtree(path)
         return seconds
 
+    def run_floats(self) -> float:
+        """Run the float model over all samples in as many processes as there are cores; seconds."""
+        begin = time.perf_counter()
+        for role in self._float_roles:
+            role.ask(None)
+        for role in self._float_roles:
+            role.answer()
+        return time.perf_counter() - begin
+
     @property
     def tensors(self) -> tuple[str, ...]:
         """What is measured."""
@@ -152,7 +169,7 @@ class Crew:
             role.__exit__()
 
     def _all(self) -> list[Role]:
-        return [role for roles in self._roles.values() for role in roles]
+        return [*self._float_roles, *(role for roles in self._roles.values() for role in roles)]
 
 
 def against_ort(
@@ -165,11 +182,12 @@ def against_ort(
     """Speed-ups over ONNX Runtime's percentile and entropy calibrators.
 
     Two threads against two workers, ``n_rounds`` times; with ``one_thread`` one thread against one
-    worker, once.
+    worker, once. The limits are the speed-ups of a plain float run and nothing else.
     """
     turns = [ALL_CORES] * n_rounds + [1] * one_thread
     ours: dict[tuple[str, int], list[float]] = {}
     theirs: dict[tuple[str, int], list[float]] = {}
+    floats: dict[str, list[float]] = {}
     n_theirs = 0
     with Crew(subject, folder) as crew:
         crew.wait_until_warm()
@@ -186,9 +204,13 @@ def against_ort(
                 theirs.setdefault(key, []).append(time.perf_counter() - begin)
                 if index % 2 == 1:
                     ours.setdefault(key, []).append(crew.calibrate(n_threads, method))
+                plain = ""
+                if n_threads == ALL_CORES:
+                    floats.setdefault(method, []).append(crew.run_floats())
+                    plain = f", float run {floats[method][-1]:.2f} s"
                 say(
                     f"{method}, {n_threads} threads: ours {ours[key][-1]:.2f} s, "
-                    f"ONNX Runtime {theirs[key][-1]:.2f} s ({index + 1}/{len(turns)})"
+                    f"ONNX Runtime {theirs[key][-1]:.2f} s{plain} ({index + 1}/{len(turns)})"
                 )
         n_ours = len(crew.tensors)
     by_itself = make_calibrator("percentile", subject.case.model, folder)
@@ -210,6 +232,7 @@ def against_ort(
         }
     }
     for method in OUR_METHODS:
+        result[f"limit_vs_ort_{method}"] = ratio(theirs[method, ALL_CORES], floats[method])
         for n_threads, ending in ((ALL_CORES, ""), (1, "_1_thread")):
             key = (method, n_threads)
             if key not in ours:

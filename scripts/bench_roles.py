@@ -81,11 +81,11 @@ def calibrations(arguments: Mapping[str, Any]) -> None:
 
 
 def float_runs(arguments: Mapping[str, Any]) -> None:
-    """Run the float model over all samples each time that a line comes in; answer what it
-    took."""
+    """Run the float model over all samples, or over those of one turn of several, each time that
+    a line comes in; answer what it took."""
     subject = Subject(Case.from_json(arguments["case"]), arguments["n_samples"])
     session = _run_plain(subject)
-    batches = subject.batches()
+    batches = subject.batches()[arguments.get("turn", 0) :: arguments.get("n_turns", 1)]
 
     def run() -> None:
         for keys in batches:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -150,7 +150,8 @@ class Search:
         """The best of the first ``n_trials`` on what the search saw, as the command chooses it,
         among those that cost at most so much; None without any."""
         by_number = {t.number: t for t in self.tried[:n_trials] if t.cost <= cost * (1 + 1e-9)}
-        found = best_of(t.trial for t in by_number.values())
+        plain_cost = self.tried[0].cost
+        found = best_of(replace(t.trial, plain_cost=plain_cost) for t in by_number.values())
         return None if found is None else by_number[found.candidate.number]
 
     def n_to_reach(self, score: float, cost: float = float("inf")) -> int | None:

@@ -56,7 +56,7 @@ class Front:
     def best(self, *, target: float | None = None, budget: float | None = None) -> Trial | None:
         """The trial of the best score, or with ``target`` the cheapest whose score is as good;
         among those that cost at most ``budget``, where any does. None without points. Where none
-        reaches the target, the best score."""
+        reaches the target, the best score. Of equal scores the front has the cheapest alone."""
         within = [p for p in self.points if budget is None or p.cost <= budget]
         points = within or list(self.points)
         if not points:
@@ -110,9 +110,11 @@ def answer_of(
     target: float | None = None,
     budget: float | None = None,
 ) -> Trial | None:
-    """What a search ends with: the best trial (`best_of`), or with a target or a budget what the
-    front has for them (`Front.best`). None where no trial succeeded."""
+    """What a search ends with: the best trial (`best_of`), with a budget of those that cost no more
+    (where any has a score), or with a target what the front has for it (`Front.best`). None where
+    no trial succeeded."""
     found = list(trials)
-    if target is None and budget is None:
-        return best_of(found)
-    return Front.of(found, problem).best(target=target, budget=budget)
+    if target is not None:
+        return Front.of(found, problem).best(target=target, budget=budget)
+    within = [t for t in found if budget is None or problem.cost(t.candidate.choices) <= budget]
+    return best_of(within) or best_of(found)

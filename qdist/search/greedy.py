@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from qdist.plan.choice import LayerChoice
 from qdist.search.ahead import if_rest_fails
 from qdist.search.problem import SearchProblem
-from qdist.search.trial import Candidate, Choices, Trial, best_of, choices_key
+from qdist.search.trial import Candidate, Choices, Trial, choices_key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,10 +97,12 @@ class Greedy:
         told = sorted(trials, key=lambda trial: trial.candidate.number)
         before = self._best
         self._trials.extend(told)
-        self._best = best_of(self._trials)
+        scored = (trial for trial in self._trials if trial.report is not None)
+        self._best = max(scored, key=lambda trial: trial.rank_by_cost, default=None)
+        enough = None if before is None else before.rank_by_cost
         for trial in told:
             kind = self._kind_of.get(trial.candidate.number)
-            if kind is not None and before is not None and trial.rank <= before.rank:
+            if kind is not None and enough is not None and trial.rank_by_cost <= enough:
                 self._groups[kind] //= 2
 
     def speculate(self, finished: Sequence[Trial], running: Sequence[Candidate]) -> list[Candidate]:

@@ -147,7 +147,7 @@ class Icraft:
                 trial, higher_is_better=self._problem.higher_is_better
             ):
                 self._is_over = True
-            is_better = self._current is None or trial.rank > self._current.rank
+            is_better = self._current is None or trial.rank_by_cost > self._current.rank_by_cost
             if move is None and trial.report is None:
                 # Without measures of the plain plan there is nothing to go by.
                 self._is_over = True

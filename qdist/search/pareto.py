@@ -129,7 +129,8 @@ class Pareto:
         self._predicted = knapsack.front(self._settings.n_budgets, limit)
         found: list[Candidate] = []
         if self._round == 0:
-            self._add(found, _Wanted("plain", self._problem.plain))
+            plain = self._problem.plain
+            self._add(found, _Wanted("plain", plain, sum(self._table.harms_of(plain))))
             for wanted in self._first(knapsack, limit):
                 self._add(found, wanted)
                 if len(found) >= _N_FIRST:

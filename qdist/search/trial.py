@@ -15,6 +15,8 @@ from qdist.plan.choice import LayerChoice
 Choices = Mapping[str, LayerChoice]
 """Layer name -> its choice."""
 
+Rank = tuple[float, float, float, float, float, float, float]
+
 Settings = Mapping[str, int | float | str]
 """Name of `SETTINGS` -> value."""
 
@@ -64,8 +66,9 @@ class Trial:
     """A finished candidate: its report, or the reason why there is none.
 
     ``n_bytes``: size of its artifact; 0 when none was written. ``cost``: of its plan, in the unit
-    of the search; None where nobody says, and bytes stand in. ``layers``: layer -> deviation of its
-    output in place, in the whole quantized model; empty unless the candidate asked for it.
+    of the search; None where nobody says, and bytes stand in. ``plain_cost``: of the plain plan, in
+    that unit; None where nobody says. ``layers``: layer -> deviation of its output in place, in the
+    whole quantized model; empty unless the candidate asked for it.
     """
 
     candidate: Candidate
@@ -75,6 +78,7 @@ class Trial:
     details: Mapping[str, object] = field(default_factory=dict)
     layers: Mapping[str, Deviation] = field(default_factory=dict)
     cost: float | None = None
+    plain_cost: float | None = None
 
     @property
     def evaluation(self) -> EvaluationRun | None:
@@ -85,17 +89,40 @@ class Trial:
         return EvaluationRun.from_json(failed) if isinstance(failed, Mapping) else None
 
     @property
-    def rank(self) -> tuple[float, float, float, float, float]:
-        """Larger is better: scored to the end, the score, the lower cost, output SQNR, the smaller
-        artifact."""
+    def rank(self) -> Rank:
+        """By which the answer of a search is chosen; larger is better: scored to the end, the
+        score, the lower cost beyond the plain plan's, the nearer to float (output SQNR, else what
+        was predicted), the lower cost, the smaller artifact.
+
+        Few samples give plans of unlike harm the same score. What is cheaper than the plain plan
+        is then no better for that: of plans that cost no more, the least harmful is the answer.
+        """
+        return self._rank(self.plain_cost)
+
+    @property
+    def rank_by_cost(self) -> Rank:
+        """By which a search goes on: as `rank`, but of equal scores the lower cost always wins."""
+        return self._rank(None)
+
+    def _rank(self, enough: float | None) -> Rank:
+        """``enough``: the cost below which nothing is gained."""
         if self.report is None:
-            return (float("-inf"),) * 5
+            return (float("-inf"),) * 7
         sign = 1.0 if self.report.higher_is_better else -1.0
         closeness = self.report.metrics.get("sqnr_db", 0.0)
+        harm = self.candidate.predicted
         whole = 0.0 if self.report.stopped_early else 1.0
         n_bytes = float(self.n_bytes)
         cost = n_bytes if self.cost is None else self.cost
-        return (whole, sign * self.report.score, -cost, closeness, -n_bytes)
+        return (
+            whole,
+            sign * self.report.score,
+            -cost if enough is None else -max(cost, enough),
+            closeness,
+            float("-inf") if harm is None else -harm,
+            -cost,
+            -n_bytes,
+        )
 
 
 class Strategy(Protocol):

@@ -141,6 +141,7 @@ def search(
                 on_message=drawing.say,
                 costs=costs,
                 cost=problem.cost,
+                plain_cost=problem.cost(problem.plain),
             ),
         )
     context.say(_ended(outcome, settings))
