@@ -273,6 +273,45 @@ def test_equal_scores_are_told_apart_by_the_searchs_own_cost_then_by_closeness()
     assert best_of([small, close]) is close
 
 
+def test_of_equal_scores_that_cost_no_more_than_the_plain_plan_the_nearest_to_float_is_best() -> (
+    None
+):
+    plain = layers(2)
+    (trial,) = search(plain, GreedySettings(max_trials=1), lambda candidate: 0.5)
+    assert trial.report is not None
+
+    def of(cost: float, sqnr_db: float, number: int) -> Trial:
+        assert trial.report is not None
+        report = replace(trial.report, metrics={**trial.report.metrics, "sqnr_db": sqnr_db})
+        candidate = replace(trial.candidate, number=number)
+        return replace(trial, report=report, candidate=candidate, cost=cost, plain_cost=100.0)
+
+    cheap, near, plain_one = of(62, 8.0, 1), of(98, 21.0, 2), of(100, 20.0, 0)
+    dear, dearer = of(140, 30.0, 3), of(200, 40.0, 4)
+    assert best_of([cheap, near, plain_one, dear, dearer]) is near
+    assert best_of([dear, dearer]) is dear
+    assert best_of([cheap, dear]) is cheap
+    # A search goes on from the cheapest.
+    assert max([cheap, near, dear], key=lambda t: t.rank_by_cost) is cheap
+    assert dear.report is not None
+    higher = replace(dear.report, score=0.6, metrics={"m": 0.6, "sqnr_db": 3.0})
+    better = replace(dear, report=higher)
+    assert best_of([cheap, near, better]) is better
+
+
+def test_where_an_evaluation_tells_no_closeness_the_predicted_harm_does() -> None:
+    plain = layers(2)
+    (trial,) = search(plain, GreedySettings(max_trials=1), lambda candidate: 0.5)
+
+    def of(cost: float, harm: float | None, number: int) -> Trial:
+        candidate = replace(trial.candidate, number=number, predicted=harm)
+        return replace(trial, candidate=candidate, cost=cost, plain_cost=100.0)
+
+    cheap, near, unknown = of(62, 0.5, 1), of(98, 0.1, 2), of(50, None, 3)
+    assert best_of([cheap, near, unknown]) is near
+    assert best_of([cheap, unknown]) is cheap
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"max_trials": 0}, {"first_share": 0.0}, {"first_share": 1.5}, {"first_share": math.nan}],
