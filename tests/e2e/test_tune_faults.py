@@ -147,6 +147,51 @@ def test_a_killed_node(nodes: RayCluster, expected: Any, tmp_path: Path) -> None
     job.check(expected)
 
 
+CLASS = """
+import pathlib, time
+from metric import metric_register, custom_metric_base
+
+@metric_register
+class slow_at_the_end(custom_metric_base):
+    def init_params(self, metric_input):
+        self.folder = pathlib.Path(metric_input)
+
+    def load_and_analysis(self, blobsfile, imglist):
+        if (self.folder / "out" / "model.onnx").exists():
+            (self.folder / "asleep").touch()
+            time.sleep(120)
+        return 0.5, 1
+
+    def accumulate_results(self, result):
+        return result
+"""
+
+
+def test_ctrl_c_after_the_search_leaves_the_report(nodes: RayCluster, tmp_path: Path) -> None:
+    (tmp_path / "slow_at_the_end.py").write_text(CLASS)
+    run = Command(
+        *("tune", "search=greedy", "model=digits_cnn", "data=digits", "search.max_trials=2"),
+        *("data.calibration.limit=8", "data.evaluation.limit=16", "search.sensitivity_samples=2"),
+        *(
+            "evaluation=class",
+            "evaluation.metric_cls=slow_at_the_end",
+            f"evaluation.folder={tmp_path}",
+        ),
+        *(f"evaluation.metric_input='{tmp_path}'", "evaluation.search_share=0.5"),
+        *("compare.samples=2", "output.folder=out", f"tracking.uri={made_uri(tmp_path)}"),
+        *(f"cluster.address={nodes.address}", "cluster.ready_timeout_s=60"),
+        folder=tmp_path,
+        extra=nodes.extra,
+    )
+    run.wait_until((tmp_path / "asleep").exists)
+    run.process.send_signal(signal.SIGINT)
+    assert run.process.wait(60) == 130, run.output
+    assert "leaves out what the search did not see" in run.output
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert found >= {"model.onnx", "plan.json", "report.html", "front.html"}
+    assert "unseen.json" not in found
+
+
 def test_ctrl_c_leaves_the_best_so_far(nodes: RayCluster, expected: Any, tmp_path: Path) -> None:
     job = Job(nodes, tmp_path)
     run = job.start()

@@ -26,7 +26,8 @@ from qdist.search.strategies import check_strategy
 def run(context: Context[TuneSettings]) -> None:
     """Calibrate what is missing, search, and leave the best plan and artifact.
 
-    Raises `KeyboardInterrupt` when Ctrl-C ended the search, after the best so far is in place.
+    Raises `KeyboardInterrupt` when Ctrl-C ended the search, or the scoring of what it did not see,
+    after the best so far and the report are in place.
     """
     from actors.session import ray_session
 
@@ -93,9 +94,14 @@ def run(context: Context[TuneSettings]) -> None:
         if found.outcome.stopped == "interrupt" and not found.outcome.trials:
             raise KeyboardInterrupt
         best = keep_best(context, frozen, planner, target, found)
-        unseen = score_unseen(context, frozen.source, best.trial, best.artifact.path, found)
+        is_interrupted, unseen = found.outcome.stopped == "interrupt", None
+        try:
+            unseen = score_unseen(context, frozen.source, best.trial, best.artifact.path, found)
+        except KeyboardInterrupt:
+            is_interrupted = True
+            context.say("stopped by Ctrl-C; the report leaves out what the search did not see")
         report(context, frozen, before, best, found, unseen, merged.notes, run_)
-        if found.outcome.stopped == "interrupt":
+        if is_interrupted:
             raise KeyboardInterrupt
         tune_search.forget_run(context)
 

@@ -193,7 +193,9 @@ def _log_parent(
         if artifact is not None:
             parent.log_artifact(artifact, best=True)
     if context.settings.tracking.artifacts == "front":
-        found.log.send_models(on_front)
+        found.log.send_models(
+            {trial.candidate.number: trial for trial in (*on_front, best.trial)}.values()
+        )
     # Only now: what MLflow is to get is read from there.
     kept = {"front": numbers, "best": {best.trial.candidate.number}}
     if (policy := context.settings.search.artifacts) != "all":
