@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -61,7 +61,6 @@ def assert_equal(one: Density, other: Density) -> None:
     assert np.array_equal(one.counts, other.counts)
 
 
-@settings(deadline=None)
 @given(VALUES, st.integers(0, 40))
 def test_points_are_the_unique_values(values: list[float], n: int) -> None:
     largest = by_magnitude(values)
@@ -73,7 +72,6 @@ def test_points_are_the_unique_values(values: list[float], n: int) -> None:
     assert not np.signbit(found[0][found[0] == 0]).any()
 
 
-@settings(deadline=None)
 @given(st.lists(st.one_of(FINITE, FEW, st.sampled_from([np.inf, -np.inf, np.nan])), max_size=60))
 def test_a_histogram_as_a_density_is_as_numpy_puts_it(values: list[float]) -> None:
     array = np.array(values, np.float32)
@@ -96,7 +94,6 @@ def test_a_histogram_as_a_density_is_as_numpy_puts_it(values: list[float]) -> No
             assert_equal(histogram.finite.magnitudes(), magnitudes_reference(histogram.finite))
 
 
-@settings(deadline=None)
 @given(st.lists(st.one_of(FINITE, FEW), min_size=1, max_size=24, unique=True), st.data())
 def test_magnitudes_of_intervals_that_touch_overlap_or_are_points(
     ends: list[float], data: st.DataObject

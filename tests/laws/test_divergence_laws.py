@@ -93,7 +93,7 @@ def v2_by_definition(counts: Counts, kept: int, n_levels: int) -> float:
 
 @pytest.mark.parametrize("method", ["kl", "symkl", "jsd"])
 @given(small_counts, st.integers(1, 8), st.data())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_each_divergence_is_that_of_its_definition(
     method: str, counts: Counts, n_levels: int, data: st.DataObject
 ) -> None:
@@ -104,7 +104,7 @@ def test_each_divergence_is_that_of_its_definition(
 
 
 @given(small_counts, st.integers(1, 8), st.data())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_kl_v2_is_that_of_its_definition(
     counts: Counts, n_levels: int, data: st.DataObject
 ) -> None:
@@ -116,7 +116,7 @@ def test_kl_v2_is_that_of_its_definition(
 
 @pytest.mark.parametrize("method", ["kl", "symkl", "jsd", "kl_v2"])
 @given(small_counts, st.integers(1, 8), st.integers(1, 5))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_the_candidate_that_is_kept_has_the_least(
     method: str, counts: Counts, n_levels: int, stride: int
 ) -> None:
@@ -190,7 +190,7 @@ def joint_by_definition(counts: Counts, first: int, last: int, n_levels: int) ->
 
 
 @given(small_counts, st.integers(1, 8), st.data())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_the_joint_divergence_is_that_of_its_definition(
     counts: Counts, n_levels: int, data: st.DataObject
 ) -> None:

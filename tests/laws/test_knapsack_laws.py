@@ -60,7 +60,7 @@ def all_choices(knapsack: Knapsack) -> list[Solution]:
     ]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(knapsacks(), st.integers(0, 200).map(lambda n: n / 4))
 def test_the_solver_equals_brute_force(knapsack: Knapsack, budget: float) -> None:
     fitting = [s for s in all_choices(knapsack) if s.cost <= budget]
@@ -78,7 +78,7 @@ def test_the_solver_equals_brute_force(knapsack: Knapsack, budget: float) -> Non
     assert knapsack.solve(budget) == found
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(knapsacks())
 def test_a_front_rises_in_cost_and_falls_in_harm(knapsack: Knapsack) -> None:
     front = knapsack.front(6)
@@ -93,7 +93,7 @@ def test_a_front_rises_in_cost_and_falls_in_harm(knapsack: Knapsack) -> None:
     assert front[-1].harm == pytest.approx(min(s.harm for s in allowed), abs=1e-3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(knapsacks(tied=False), st.integers(1, 12))
 def test_a_price_finds_a_best_choice_for_its_own_cost(knapsack: Knapsack, n: int) -> None:
     everything = all_choices(knapsack)

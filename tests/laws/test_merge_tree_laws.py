@@ -103,7 +103,7 @@ def test_a_plan_reads_every_part_once(parts: Any, shape: dict[str, int]) -> None
 
 
 @given(covered(), shapes)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_a_tree_of_any_shape_gives_the_bits_of_one_merge(parts: Any, shape: dict[str, int]) -> None:
     whole = gather(parts, TENSORS, record_of)
     tree = gather(plan(parts, PLACES, **shape), TENSORS, evaluated)

@@ -128,7 +128,6 @@ def test_tf32_is_float32_with_thirteen_bits_rounded_off() -> None:
 
 
 @given(st.lists(floats32, min_size=1, max_size=50), formats, st.booleans())
-@settings(deadline=None)
 def test_rounding_is_idempotent_odd_and_monotone(
     values: list[float], kind: FloatType, saturate: bool
 ) -> None:

@@ -114,7 +114,7 @@ def values_for(rng: np.random.Generator, scale: NDArray[np.float32], shape: Any)
 
 
 @given(seeds, widths, scales32, st.booleans())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_quantizing_a_tensor_is_onnx_quantize_linear(
     seed: int, bits: int, scale: float, symmetric: bool
 ) -> None:
@@ -129,7 +129,7 @@ def test_quantizing_a_tensor_is_onnx_quantize_linear(
 
 
 @given(seeds, widths, st.integers(0, 2), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_quantizing_per_channel_is_onnx_quantize_linear(
     seed: int, bits: int, axis: int, symmetric: bool
 ) -> None:
@@ -161,7 +161,7 @@ def test_half_way_cases_round_to_even_at_every_level(bits: int) -> None:
 
 
 @given(seeds, widths, st.sampled_from([None, 0, 1]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_dequantizing_is_onnx_dequantize_linear(seed: int, bits: int, axis: int | None) -> None:
     rng = np.random.default_rng(seed)
     low, high = RANGES[bits]
@@ -174,7 +174,6 @@ def test_dequantizing_is_onnx_dequantize_linear(seed: int, bits: int, axis: int 
 
 
 @given(seeds, widths)
-@settings(deadline=None)
 def test_quantizing_what_was_dequantized_changes_nothing(seed: int, bits: int) -> None:
     rng = np.random.default_rng(seed)
     low, high = RANGES[bits]
@@ -207,7 +206,7 @@ def row_error(row: NDArray[Any], bound: float, high: int) -> float:
     widths,
     st.sampled_from(["max", "mse"]),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_weight_ranges_are_those_of_a_plain_loop_over_channels(
     seed: int, shape: tuple[int, ...], axis: int | None, bits: int, method: str
 ) -> None:
@@ -237,7 +236,7 @@ def test_weight_ranges_are_those_of_a_plain_loop_over_channels(
 
 
 @given(seeds, st.sampled_from(["max", "mse"]), widths)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_error_of_a_weight_is_that_of_its_quantizer(seed: int, method: str, bits: int) -> None:
     weight = np.random.default_rng(seed).laplace(size=(5, 50)).astype(np.float32)
     q = weight_quantizer(weight, weight_levels(bits), bits, 0, method)
@@ -247,7 +246,7 @@ def test_the_error_of_a_weight_is_that_of_its_quantizer(seed: int, method: str, 
 
 
 @given(seeds, widths, st.sampled_from([None, 0, 1]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_mse_never_has_more_error_than_max(seed: int, bits: int, axis: int | None) -> None:
     weight = np.random.default_rng(seed).standard_t(2, size=(8, 30)).astype(np.float32)
     errors = {
@@ -330,7 +329,7 @@ def plan_of(*inputs: Quantizer, precision: str = "int16") -> QuantizationPlan:
 
 
 @given(st.lists(quantizers(), min_size=1, max_size=3), st.sampled_from(FULL))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_projecting_twice_changes_nothing(inputs: list[Quantizer], target: Target) -> None:
     once = target.project(plan_of(*inputs)).plan
     twice = target.project(once).plan
@@ -339,7 +338,7 @@ def test_projecting_twice_changes_nothing(inputs: list[Quantizer], target: Targe
 
 
 @given(quantizers(), st.sampled_from(FULL))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_projected_numbers_are_the_targets_own(q: Quantizer, target: Target) -> None:
     plan = target.project(plan_of(q)).plan
     found = plan.layers[0].activations[0].quantizer
@@ -360,7 +359,7 @@ def test_projected_numbers_are_the_targets_own(q: Quantizer, target: Target) -> 
 
 
 @given(quantizers())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_power_of_two_grid_clips_no_more_than_half_a_step(q: Quantizer) -> None:
     """Whatever the finer quantizer could represent, the coarser one still holds."""
     target = FULL[SCALE_GRIDS.index("power_of_two")]
@@ -371,7 +370,6 @@ def test_a_power_of_two_grid_clips_no_more_than_half_a_step(q: Quantizer) -> Non
 
 
 @given(st.lists(quantizers(), max_size=3))
-@settings(deadline=None)
 def test_a_plan_survives_json(inputs: list[Quantizer]) -> None:
     plan = replace(plan_of(*inputs), notes=("a note",))
     again = QuantizationPlan.from_json(json.loads(json.dumps(plan.to_json(), allow_nan=False)))
@@ -380,7 +378,6 @@ def test_a_plan_survives_json(inputs: list[Quantizer]) -> None:
 
 
 @given(quantizers(), quantizers())
-@settings(deadline=None)
 def test_plan_digests_are_equal_exactly_where_the_numbers_are(
     one: Quantizer, other: Quantizer
 ) -> None:

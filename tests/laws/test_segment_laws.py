@@ -225,7 +225,7 @@ def is_refused(action: Callable[[], object]) -> bool:
     n=st.integers(1, 3),
     spool_bytes=st.sampled_from([0, 1000, 1 << 20]),
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_records_are_the_same_wherever_a_model_is_cut(
     name: str, positions: list[int], seeds: list[int], n: int, spool_bytes: int
 ) -> None:
@@ -242,7 +242,7 @@ def test_records_are_the_same_wherever_a_model_is_cut(
     wanted=st.lists(st.integers(0, 99), max_size=6),
     n=st.integers(1, 3),
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_stretches_put_out_the_bits_of_one_session(
     name: str, stretch_bytes: int, seeds: list[int], wanted: list[int], n: int
 ) -> None:
@@ -274,7 +274,7 @@ def test_records_are_the_same_when_every_step_is_a_segment(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(MAKERS))
 @given(share=st.floats(0, 1))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_every_budget_that_is_accepted_is_kept_and_gives_the_same_record(
     name: str, share: float
 ) -> None:
@@ -296,7 +296,7 @@ SMALL = {"transformer": 1 << 16, "branches": 1 << 16, "choice": 2048, "half": 40
 
 @pytest.mark.parametrize("name", list(MAKERS))
 @given(share=st.floats(0.3, 1))
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 def test_running_within_a_budget_gives_the_bits_of_the_whole(name: str, share: float) -> None:
     it = case(name)
     feeds = it.feeds(4, 2)

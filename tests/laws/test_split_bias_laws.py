@@ -63,7 +63,7 @@ def split_plan(digest: str, channels: int, n_axes: int) -> QuantizationPlan:
     return QuantizationPlan(model_digest=digest, statistics_digest="", layers=(layer,))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     seeds,
     st.sampled_from(["Conv", "ConvTranspose"]),

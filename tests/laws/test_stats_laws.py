@@ -101,7 +101,6 @@ def assert_same(one: CalibrationRecord, other: CalibrationRecord) -> None:
 
 
 @given(tensors)
-@settings(deadline=None)
 @example(np.array(SPECIAL_BITS, np.uint32).view(np.float32))
 def test_the_small_path_counts_as_numpy_does(values: NDArray[np.float32]) -> None:
     counts, extrema = counted(values)
@@ -117,7 +116,7 @@ def test_the_small_path_counts_as_numpy_does(values: NDArray[np.float32]) -> Non
     st.lists(st.tuples(st.integers(0, LARGE + 4), any_bits), max_size=20),
     st.tuples(st.integers(0, LARGE), st.integers(0, LARGE), any_bits),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @example(1, LARGE + 1, 0, [(LARGE, b) for b in SPECIAL_BITS], (0, LARGE, 0x7F800001))
 @example(1, LARGE + 1, 3, [(LARGE, 0xFF800001)], (0, 0, 0))
 @example(1, sweep.BLOCK * sweep.FLUSH_BLOCKS + 1, 1, [], (0, LARGE, 0x3F800000))
@@ -164,7 +163,6 @@ def test_counts_and_extrema_add_to_what_is_there(n: int) -> None:
     st.dictionaries(st.integers(0, 40), st.integers(1, 2**62)),
     st.dictionaries(st.integers(0, 40), st.integers(1, 2**62)),
 )
-@settings(deadline=None)
 def test_merging_sorted_keys_is_the_union_with_counts_added(
     one: dict[int, int], other: dict[int, int]
 ) -> None:
@@ -182,7 +180,6 @@ def test_merging_sorted_keys_is_the_union_with_counts_added(
 
 
 @given(tensors)
-@settings(deadline=None)
 def test_every_finite_number_lies_in_the_interval_of_its_bin(values: NDArray[np.float32]) -> None:
     values = values[np.isfinite(values)]
     edges = grid.edges_of(grid.bin_of(values))
@@ -224,7 +221,6 @@ def test_kinds_of_bins_are_told_apart_for_all_65536() -> None:
 
 
 @given(tensors, st.integers(0, 7), st.integers(0, 7))
-@settings(deadline=None)
 def test_coarsening_counts_is_counting_coarsely(
     values: NDArray[np.float32], one: int, other: int
 ) -> None:
@@ -261,7 +257,6 @@ def test_bins_are_not_split() -> None:
 
 
 @given(tensors)
-@settings(deadline=None)
 def test_a_histogram_says_what_kinds_of_values_there_were(values: NDArray[np.float32]) -> None:
     histogram = histogram_of(values)
     assert histogram.n_values == values.size
@@ -272,7 +267,6 @@ def test_a_histogram_says_what_kinds_of_values_there_were(values: NDArray[np.flo
 
 
 @given(tensors)
-@settings(deadline=None)
 @example(AT_AN_EDGE)
 def test_a_density_is_ascending_disjoint_and_cut_by_the_exact_extrema(
     values: NDArray[np.float32],
@@ -297,7 +291,6 @@ def test_a_density_is_ascending_disjoint_and_cut_by_the_exact_extrema(
 
 
 @given(tensors)
-@settings(deadline=None)
 @example(np.array([-5.01, 5.02], np.float32))
 @example(np.array([5.01, -5.02, -5.005], np.float32))
 def test_magnitudes_are_a_density_of_the_absolute_values(values: NDArray[np.float32]) -> None:
@@ -315,7 +308,7 @@ def test_magnitudes_are_a_density_of_the_absolute_values(values: NDArray[np.floa
 
 
 @given(seeds, st.floats(-3, 3, width=32), st.floats(-3, 3, width=32))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_share_outside_a_range_is_that_of_the_data(seed: int, a: float, b: float) -> None:
     values = np.random.default_rng(seed).normal(size=4000).astype(np.float32)
     values[:1000] = 0
@@ -338,7 +331,7 @@ def test_the_share_outside_counts_a_point_mass_at_the_bound_as_inside() -> None:
 
 
 @given(seeds)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_second_moment_is_that_of_the_data(seed: int) -> None:
     values = np.random.default_rng(seed).standard_t(3, size=3000).astype(np.float32)
     exact = float(np.mean(values.astype(np.float64) ** 2))
@@ -354,7 +347,6 @@ def test_a_histogram_refuses_counts_that_do_not_fit() -> None:
 
 
 @given(samples, samples, samples)
-@settings(deadline=None)
 def test_merging_is_associative_and_commutative(a: Any, b: Any, c: Any) -> None:
     x, y, z = record_of(a), record_of(b), record_of(c)
     assert_same(x.merge(y), y.merge(x))
@@ -362,7 +354,6 @@ def test_merging_is_associative_and_commutative(a: Any, b: Any, c: Any) -> None:
 
 
 @given(st.lists(samples, max_size=3))
-@settings(deadline=None)
 def test_the_empty_record_is_the_identity_on_either_side(parts: list[Any]) -> None:
     record, empty = record_of(*parts), CalibrationRecord.empty(ROWS)
     assert_same(record.merge(empty), record)
@@ -370,7 +361,6 @@ def test_the_empty_record_is_the_identity_on_either_side(parts: list[Any]) -> No
 
 
 @given(st.lists(samples, max_size=8), st.lists(st.integers(0, 8), max_size=8), st.randoms())
-@settings(deadline=None)
 def test_the_record_of_all_samples_is_the_merge_of_any_partition_in_any_order(
     parts: list[Any], cuts: list[int], random: Any
 ) -> None:
@@ -381,7 +371,6 @@ def test_the_record_of_all_samples_is_the_merge_of_any_partition_in_any_order(
 
 
 @given(st.lists(flat_samples, max_size=8))
-@settings(deadline=None)
 def test_how_samples_are_put_into_tensors_does_not_change_what_is_counted(parts: list[Any]) -> None:
     flat = tuple(np.concatenate([part[row] for part in parts] or [[]]) for row in range(2))
     whole = record_of(tuple(values.astype(np.float32) for values in flat)).arrays()
@@ -425,7 +414,6 @@ def test_merging_many_records_holds_few_of_them_at_once() -> None:
 
 
 @given(st.lists(samples, max_size=4), st.permutations(("a", "b", "c")), st.booleans())
-@settings(deadline=None)
 def test_a_record_is_the_join_of_its_columns(
     parts: list[Any], order: tuple[str, ...], twice: bool
 ) -> None:
@@ -442,7 +430,6 @@ def test_a_record_is_the_join_of_its_columns(
 
 
 @given(samples, samples, st.sampled_from((("b",), ("b", "a"), ())))
-@settings(deadline=None)
 def test_selecting_and_merging_commute(one: Any, other: Any, wanted: tuple[str, ...]) -> None:
     x, y = record_of(one), record_of(other)
     assert_same(x.merge(y).select(wanted), x.select(wanted).merge(y.select(wanted)))
@@ -487,7 +474,6 @@ def test_records_of_other_tensors_do_not_merge() -> None:
 
 
 @given(st.lists(samples, max_size=3), st.lists(samples, max_size=3))
-@settings(deadline=None)
 def test_digests_are_equal_exactly_where_the_contents_are(one: list[Any], other: list[Any]) -> None:
     a, b = record_of(*one), record_of(*other)
     mine, others = a.arrays(), b.arrays()
@@ -498,7 +484,6 @@ def test_digests_are_equal_exactly_where_the_contents_are(one: list[Any], other:
 
 
 @given(st.lists(samples, max_size=3))
-@settings(deadline=None)
 def test_a_record_comes_back_from_its_arrays(parts: list[Any]) -> None:
     for record in (record_of(*parts), CalibrationRecord.empty(ROWS)):
         arrays = record.arrays()
@@ -546,7 +531,6 @@ names = st.lists(st.text("a\n|,\"'", max_size=3), min_size=1, max_size=3, unique
 
 
 @given(names, names)
-@settings(deadline=None)
 @example(("a\nb", "c"), ("a", "b\nc"))
 def test_names_are_part_of_the_digest(one: tuple[str, ...], other: tuple[str, ...]) -> None:
     same = CalibrationRecord.empty(one).digest == CalibrationRecord.empty(other).digest
@@ -562,7 +546,6 @@ def test_the_sign_of_a_zero_extremum_does_not_change_the_digest() -> None:
 
 
 @given(st.lists(samples, max_size=4))
-@settings(deadline=None)
 def test_a_row_gives_back_what_was_counted(parts: list[Any]) -> None:
     batches: dict[str, list[Batch]] = {
         name: [(part[row], None) for part in parts] for row, name in enumerate(ROWS)

@@ -120,7 +120,7 @@ def least_error_on_raw_data(values: Data, levels: Levels) -> float:
 
 
 @given(seeds, st.sampled_from(ALL_LEVELS), st.floats(-9, 3), st.integers(1, 400))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_compiled_error_equals_its_definition(
     seed: int, levels: Levels, exponent: float, n: int
 ) -> None:
@@ -136,7 +136,7 @@ def test_the_compiled_error_equals_its_definition(
 
 
 @given(seeds, st.sampled_from(ALL_LEVELS), st.floats(-2.5, 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_error_integral_is_the_mean_over_evenly_spread_values(
     seed: int, levels: Levels, exponent: float
 ) -> None:
@@ -202,7 +202,7 @@ def test_the_mse_range_is_as_good_as_brute_force_on_raw_data(
 @given(seeds, st.sampled_from(ALL_LEVELS), st.sampled_from(sorted(DISTRIBUTIONS)))
 @example(159, Levels(low=-127, high=127, symmetric=True), "gelu")
 @example(70, Levels(low=-8, high=7, symmetric=False), "gauss")
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_no_method_has_less_expected_error_than_mse(seed: int, levels: Levels, name: str) -> None:
     density = density_of(DISTRIBUTIONS[name](np.random.default_rng(seed), 2000))
     errors = {method: find_threshold(density, levels, method).expected_mse for method in METHODS}
@@ -219,7 +219,7 @@ def test_no_method_has_less_expected_error_than_mse(seed: int, levels: Levels, n
     st.floats(50, 100),
     st.booleans(),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_percentile_lies_in_the_bin_of_the_quantile(
     seed: int, name: str, percent: float, symmetric: bool
 ) -> None:
@@ -245,7 +245,7 @@ def around(values: Data, share: float) -> tuple[float, float]:
 
 
 @given(seeds, st.sampled_from(sorted(DISTRIBUTIONS)))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_all_of_the_values_are_the_whole_range(seed: int, name: str) -> None:
     values = DISTRIBUTIONS[name](np.random.default_rng(seed), 1000)
     density = density_of(values)
@@ -258,7 +258,7 @@ def test_all_of_the_values_are_the_whole_range(seed: int, name: str) -> None:
 
 
 @given(seeds, st.lists(st.floats(0, 1), min_size=2, max_size=6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_quantile_rises_with_its_share(seed: int, shares: list[float]) -> None:
     density = density_of(student(np.random.default_rng(seed), 300))
     for one in (density, density.magnitudes()):
@@ -300,7 +300,6 @@ small_counts = st.lists(
 
 
 @given(small_counts, st.integers(1, 8), st.data())
-@settings(deadline=None)
 def test_the_divergence_is_that_of_the_definition(
     counts: list[float], n_levels: int, data: st.DataObject
 ) -> None:
@@ -314,7 +313,6 @@ def test_the_divergence_is_that_of_the_definition(
 
 
 @given(small_counts, st.integers(1, 8), st.integers(1, 5))
-@settings(deadline=None)
 def test_the_best_candidate_has_the_least_divergence(
     counts: list[float], n_levels: int, stride: int
 ) -> None:
@@ -344,7 +342,7 @@ def test_the_kl_bound_is_that_of_linear_bins_of_the_raw_data(name: str) -> None:
 @given(
     seeds, st.integers(1, 300), st.sampled_from([7, 64, 2048]), st.integers(-38, 0), st.booleans()
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_linear_bins_lose_no_value_however_small_some_are(
     seed: int, n: int, n_bins: int, smallest: int, with_zeros: bool
 ) -> None:
@@ -372,7 +370,7 @@ def test_linear_bins_lose_no_value_however_small_some_are(
 
 
 @given(seeds, st.sampled_from(sorted(DISTRIBUTIONS)), st.sampled_from(ALL_LEVELS))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_every_method_stays_in_the_range_that_was_seen(
     seed: int, name: str, levels: Levels
 ) -> None:
@@ -389,7 +387,7 @@ def test_every_method_stays_in_the_range_that_was_seen(
 
 
 @given(seeds, st.integers(1, 300), st.integers(0, 5), st.sampled_from(ALL_LEVELS))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_method_takes_values_of_any_magnitude(
     seed: int, n: int, kind: int, levels: Levels
 ) -> None:
@@ -411,7 +409,7 @@ def test_every_method_takes_values_of_any_magnitude(
 
 
 @given(seeds, st.sampled_from(sorted(DISTRIBUTIONS)), st.integers(-20, 20))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_scaling_the_data_by_a_power_of_two_scales_every_range(
     seed: int, name: str, exponent: int
 ) -> None:
@@ -429,7 +427,6 @@ def test_scaling_the_data_by_a_power_of_two_scales_every_range(
 
 
 @given(st.floats(-1e30, 1e30), st.floats(-1e30, 1e30), st.sampled_from(ALL_LEVELS))
-@settings(deadline=None)
 def test_a_scale_covers_the_range_and_keeps_zero_exact(a: float, b: float, levels: Levels) -> None:
     low, high = min(a, b, 0.0), max(a, b, 0.0)
     if 0 < high - low < 1e-300:

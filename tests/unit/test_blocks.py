@@ -75,7 +75,7 @@ def test_cost_is_that_of_the_mean_range_over_all_values() -> None:
     assert found.expected_mse == pytest.approx(expected_mse(whole, found.low, found.high, INT8))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1), min_size=1, max_size=5))
 def test_merged_is_the_histogram_of_all_values(parts: list[list[float]]) -> None:
     found = merged([histogram(np.array(part, np.float32)) for part in parts])
@@ -85,7 +85,7 @@ def test_merged_is_the_histogram_of_all_values(parts: list[list[float]]) -> None
     assert (found.minimum, found.maximum) == (wanted.minimum, wanted.maximum)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.lists(st.floats(-100, 100, width=32), min_size=1), min_size=1, max_size=5),
     st.sampled_from(["max", "percentile", "mse"]),

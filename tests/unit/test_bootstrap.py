@@ -45,7 +45,7 @@ def test_the_interval_holds_the_range_and_repeats_itself(method: str) -> None:
 
 
 @given(st.integers(0, 2**32 - 1))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_equal_blocks_leave_no_doubt(seed: int) -> None:
     block = normal(seed, 300)
     found = interval_of([block] * 4, "percentile", resamples=10)

@@ -94,7 +94,7 @@ def test_compute_and_then_all_runs_the_others_alone(tmp_path: Path) -> None:
     assert store.latest().record.tensors == some.taps.tensors
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(
     tap_sets=st.lists(
         st.sets(st.sampled_from(EVERY), min_size=1, max_size=4), min_size=1, max_size=3

@@ -104,7 +104,7 @@ def test_prefixes_of_impossible_sizes(wrong: dict[str, float]) -> None:
         prefix_sizes(0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.lists(st.floats(0.5, 2.0), min_size=3, max_size=3), min_size=1, max_size=12),
     st.integers(1, 3),

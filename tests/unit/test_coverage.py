@@ -147,7 +147,7 @@ def record_for(one: ShardReceipt, tensors: Tensors) -> CalibrationRecord:
     return merged
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(nested_receipts, wanted.filter(lambda tensors: len(tensors) > 0))
 def test_gathered_parts_equal_one_run_over_everything(given_receipts: Any, tensors: Any) -> None:
     coverage = cover(GRID, tensors, given_receipts)

@@ -26,7 +26,7 @@ def incumbent(scores: Any, **changes: Any) -> Incumbent:
 
 
 @given(PAIRS, st.integers(1, 7))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_where_a_race_is_lost_depends_on_no_batches(
     pairs: list[tuple[float, float]], size: int
 ) -> None:
@@ -41,7 +41,7 @@ def test_where_a_race_is_lost_depends_on_no_batches(
 
 
 @given(PAIRS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_losses_have_one_meaning_in_both_directions(pairs: list[tuple[float, float]]) -> None:
     ours, theirs = zip(*pairs, strict=True)
     up = Race(incumbent(theirs, sample_range=(-1.0, 1.0))).lost(ours)

@@ -47,7 +47,7 @@ def test_positive_numbers_are_those_of_the_type(name: str) -> None:
     assert np.array_equal(positive_numbers(FLOATS[name]), expected)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     name=st.sampled_from(sorted(KINDS)),
     values=st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=40),

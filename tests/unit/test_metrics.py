@@ -202,7 +202,7 @@ def test_nothing_measured_is_nan(name: str) -> None:
     assert accumulator.per_sample().shape == (0,)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**32 - 1), cuts=st.sets(st.integers(1, 11)))
 @pytest.mark.parametrize("name", list(METRICS))
 def test_any_partition_into_batches_gives_the_same(name: str, seed: int, cuts: set[int]) -> None:

@@ -194,7 +194,7 @@ def test_phases_are_measured_as_if_all_inputs_had_been_given(
     carries_state=st.booleans(),
     n_steps=st.lists(st.integers(0, 2), min_size=1, max_size=3),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_phases_give_the_same_record_wherever_the_model_is_cut(
     positions: list[int],
     carries_state: bool,

@@ -228,7 +228,7 @@ ICRAFT = target(scale_grid="m*2^-n", rounding="half_away", symmetric_only=True)
     st.floats(1e-3, 10),
     st.sampled_from([("Conv", False), ("Conv", True), ("MatMul", False), ("Mul", False)]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_weights_over_input_and_output_are_what_the_hardware_multiplies_with(
     weights: tuple[float, ...], source: float, result: float, kind: tuple[str, bool]
 ) -> None:

@@ -100,7 +100,7 @@ def test_a_study_that_breaks_off_goes_on_as_if_it_had_not(sampler: str, tmp_path
     assert len(stored) >= 16
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(st.sampled_from(SAMPLERS), st.integers(0, 2**31), st.integers(1, 5), st.integers(1, 14))
 def test_never_twice_never_too_many_and_always_the_same(
     sampler: str, seed: int, round_size: int, most: int

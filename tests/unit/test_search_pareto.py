@@ -121,7 +121,7 @@ def search(
     pytest.fail("the search does not end")
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(st.integers(1, 9), st.integers(0, 99), st.integers(1, 3), st.integers(1, 9))
 def test_searches_end_in_time_are_reproducible_and_try_nothing_twice(
     n: int, seed: int, group: int, max_trials: int
@@ -144,7 +144,7 @@ def test_searches_end_in_time_are_reproducible_and_try_nothing_twice(
             assert len({trial.candidate.choices[name].precision for name in names}) == 1
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(st.integers(2, 12), st.integers(0, 99), st.booleans())
 def test_with_greedy_beside_the_answer_is_never_worse_than_greedy(
     n: int, seed: int, higher: bool

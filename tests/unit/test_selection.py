@@ -76,7 +76,7 @@ def plain_sketch(values: Values) -> NDArray[np.uint32]:
     return counts
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(arrays.arrays(np.float32, st.integers(0, 60), elements=st.floats(width=32)))
 def test_sketch_counts_every_finite_value_in_its_bin(values: Values) -> None:
     counts, n_nan, top = sketch(values)
@@ -95,7 +95,7 @@ def test_sketch_of_values_of_all_sizes() -> None:
     assert np.array_equal(counts, plain_sketch(values))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     arrays.arrays(np.float32, (2, 20), elements=st.floats(-1e9, 1e9, width=32)),
 )
@@ -198,7 +198,7 @@ def test_the_best_single_sample_is_found() -> None:
     assert choose(features(table), 1) == (table.ids[best],)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 1000), st.integers(1, 10), st.randoms(use_true_random=False))
 def test_order_and_division_of_the_sketches_change_nothing(seed: int, n: int, random: Any) -> None:
     table = table_of(drawn(24, seed=seed, n_tensors=2, sizes=(20, 50)))

@@ -130,7 +130,7 @@ def test_what_cannot_be_divided_is_refused(plain: CalibrationJob) -> None:
     holds=st.booleans(),
     spool_bytes=st.sampled_from([0, 1 << 20]),
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_stages_change_no_bit(
     positions: set[int],
     n_workers: int,

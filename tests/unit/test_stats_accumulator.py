@@ -106,7 +106,7 @@ def measured(
 
 
 @given(batches(), specs, st.one_of(st.none(), st.integers(-3, 3)))
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 def test_all_statistics_are_those_of_plain_numpy(
     parts: list[Batch], spec: StatisticsSpec, axis: int | None
 ) -> None:
@@ -207,7 +207,7 @@ def test_a_mask_that_does_not_fit_is_refused() -> None:
     st.integers(0, 2**32 - 1),
     st.booleans(),
 )
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
 def test_tensors_counted_in_one_call_are_those_counted_one_by_one(
     tensors: list[tuple[tuple[int, ...], str]], axis: int | None, seed: int, shape_varies: bool
 ) -> None:
@@ -313,7 +313,6 @@ def test_tables_of_values_are_reused_and_grow(n_tensors: int) -> None:
 
 
 @given(specs)
-@settings(deadline=None)
 @example(StatisticsSpec())
 def test_a_spec_survives_json_and_pickling(spec: StatisticsSpec) -> None:
     assert StatisticsSpec.from_json(spec.to_json()) == spec

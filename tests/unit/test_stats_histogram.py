@@ -27,7 +27,7 @@ def histogram_of(values: NDArray[np.float32], n_largest: int, n_values: int) -> 
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from((0, 1, 50, 3000)), st.sampled_from((0, 4000)))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @example(0, 3000, 0)
 @example(0, 0, 4000)
 def test_the_tail_of_a_density_is_as_exact_as_the_values_kept(

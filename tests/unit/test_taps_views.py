@@ -107,7 +107,7 @@ def test_each_view_is_told_from_what_only_looks_like_one(name: str, tmp_path: Pa
         assert not np.array_equal(np.sort(values["v"], None), np.sort(values["x"], None))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data(), n=st.integers(1, 6))
 def test_aliases_hold_the_values_of_their_source(data: st.DataObject, n: int) -> None:
     """Chains of views and of operators that are none, on shapes that change on the way."""
