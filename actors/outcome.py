@@ -21,9 +21,9 @@ class Limits:
     """When a search ends, whatever its strategy. ``max_trials`` and ``target_score`` are looked at
     between rounds, so that they give the same answer with any number of workers; ``time_s``, from
     the moment the workers are ready, ends trials where they are. ``layers_of``: the name of what
-    layers are compared on; empty where none are. ``incumbent_of``: what the trials of a round have
-    to beat or may stop early, from the best report of the rounds before; None: all run to their
-    end."""
+    layers are compared on; empty where none are. ``incumbent_of``: what a trial has to beat
+    or may stop early, from the best report of the rounds before whose plan costs no more; None: all
+    run to their end."""
 
     max_trials: int | None = None
     time_s: float | None = None

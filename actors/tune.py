@@ -110,7 +110,6 @@ class _Search:
         self._orders = orders
         self._trials: dict[int, Trial] = {}
         self._round = _Round({})
-        self._incumbent: Incumbent | None = None
         self._running: dict[str, Candidate] = {}
         self._twins: dict[str, list[tuple[str, Candidate]]] = {}
         self._ahead: list[Candidate] = []
@@ -149,15 +148,22 @@ class _Search:
             finished = sorted(self._round.finished, key=lambda trial: trial.candidate.number)
             self._strategy.tell(finished)
             self._trials.update((trial.candidate.number, trial) for trial in finished)
-            self._incumbent = self._to_beat()
             if any(self._is_reached(trial) for trial in finished):
                 return "target"
         return "trials"
 
-    def _to_beat(self) -> Incumbent | None:
-        """What the trials of the next round have to beat."""
-        best, maker = best_of(self._trials.values()), self._limits.incumbent_of
-        return None if maker is None or best is None or best.report is None else maker(best.report)
+    def _to_beat(self, candidate: Candidate) -> Incumbent | None:
+        """What a trial has to beat: the best of the rounds before that costs no more. What loses to
+        a plan that costs more may still be on the front."""
+        maker, cost = self._limits.incumbent_of, self._hooks.cost
+        if maker is None:
+            return None
+        rivals = list(self._trials.values())
+        if cost is not None:
+            own = cost(candidate.choices)
+            rivals = [trial for trial in rivals if trial.cost is not None and trial.cost <= own]
+        best = best_of(rivals)
+        return None if best is None or best.report is None else maker(best.report)
 
     def _n_left(self) -> int:
         most = self._limits.max_trials
@@ -165,7 +171,7 @@ class _Search:
 
     def _is_reached(self, trial: Trial) -> bool:
         target = self._limits.target_score
-        if target is None or trial.report is None:
+        if target is None or trial.report is None or trial.report.stopped_early:
             return False
         sign = 1.0 if trial.report.higher_is_better else -1.0
         return sign * trial.report.score >= sign * target
@@ -201,7 +207,7 @@ class _Search:
             self._submit(key, candidate)
 
     def _is_enough(self, result: PlanResult, candidate: Candidate) -> bool:
-        if not result.holds_against(self._incumbent):
+        if not result.holds_against(self._to_beat(candidate)):
             return False
         wanted = candidate.wants_layers and self._limits.layers_of and result.report is not None
         return not wanted or result.has_layers(self._limits.layers_of)
@@ -239,7 +245,7 @@ class _Search:
                 wants_layers=candidate.wants_layers,
                 plans=self._book.plans,
                 session=self._book.session,
-                incumbent=self._incumbent,
+                incumbent=self._to_beat(candidate),
                 settings=tuple(sorted(candidate.settings.items())),
                 statistics=statistics,
             )
@@ -277,7 +283,7 @@ class _Search:
     def _take_twin(self, key: str, candidate: Candidate, twin: Twin) -> None:
         """Wait for the task that scores the same plan, or score it after all if that has ended."""
         known = self._book.by_digest(twin.digest)
-        if known is not None and known.holds_against(self._incumbent):
+        if known is not None and known.holds_against(self._to_beat(candidate)):
             self._known(key, replace(known, reused=True))
         elif twin.owner in self._running:
             self._twins.setdefault(twin.owner, []).append((key, candidate))

@@ -58,7 +58,8 @@ class Size:
     """How much is measured. ``n_few`` samples, and ``n_many`` for the growth of memory.
 
     ``n_worker_rounds``: of the encoder, and of the others. ``one_thread``: measure one thread
-    against ONNX Runtime's calibrators too. ``others``: parts of the other models.
+    against ONNX Runtime's calibrators too. ``is_distinct``: measure them with the distinct tensors
+    alone too. ``others``: parts of the other models.
     """
 
     n_few: int = 64
@@ -66,6 +67,7 @@ class Size:
     n_rounds: int = 5
     n_ort_rounds: int = 5
     one_thread: bool = False
+    is_distinct: bool = False
     n_worker_samples: int = 128
     n_worker_rounds: tuple[int, int] = (5, 1)
     n_records: int = 1000
@@ -80,7 +82,7 @@ QUICK = Size(
     n_many=32,
     n_rounds=1,
     n_ort_rounds=1,
-    n_worker_samples=64,
+    n_worker_samples=128,
     n_worker_rounds=(1, 1),
     n_records=16,
     first_run_s=2.0,
@@ -113,7 +115,8 @@ class Benchmark:
         """Begin the long run that is repeated later."""
         seconds = self.figures.get("detail", {}).get("seconds", {}).get("all taps")
         per_sample_s = seconds / self._size.n_few if seconds else 0.06
-        wanted = math.ceil(1.1 * self._size.first_run_s / per_sample_s)
+        # Whole commands take longer than a calibration without start-up and company.
+        wanted = math.ceil(0.95 * self._size.first_run_s / per_sample_s)
         n_samples = min(self._size.n_samples_made, wanted)
         return Resumed(self._case, n_samples, self._folder, self._teller("resume"))
 
@@ -121,11 +124,14 @@ class Benchmark:
         size, folder, say = self._size, self._folder, self._teller(part)
         match part:
             case "speed":
-                return speed(subject, folder, size.n_rounds, say)
+                wants_bound = self._case.name != "encoder"
+                return speed(subject, folder, size.n_rounds, say, wants_bound=wants_bound)
             case "kernel":
                 return kernel(subject, max(5, size.n_rounds), say)
             case "ort":
-                return against_ort(subject, folder, size.n_ort_rounds, say, size.one_thread)
+                return against_ort(
+                    subject, folder, size.n_ort_rounds, say, size.one_thread, size.is_distinct
+                )
             case "workers":
                 n_rounds = size.n_worker_rounds[self._case.name != "encoder"]
                 return two_workers(self._case, size.n_worker_samples, folder, n_rounds, say)
@@ -169,7 +175,11 @@ def _measure_all(options: argparse.Namespace) -> dict[str, Any]:
         passed = time.perf_counter() - begin
         print(f"[{passed:5.0f} s] {text}", file=sys.stderr, flush=True)
 
-    size = QUICK if options.quick else Size(one_thread=options.one_thread)
+    size = (
+        QUICK
+        if options.quick
+        else Size(one_thread=options.one_thread, is_distinct=options.distinct)
+    )
     chosen = options.part or PARTS
     results: dict[str, Any] = {}
     benchmarks: dict[str, Benchmark] = {}
@@ -227,6 +237,11 @@ def _options() -> argparse.Namespace:
         "--quick",
         action="store_true",
         help="a smoke run of less than a minute on small models; its figures mean nothing",
+    )
+    parser.add_argument(
+        "--distinct",
+        action="store_true",
+        help="part ort: also give ONNX Runtime the distinct tensors alone, half a minute more",
     )
     parser.add_argument(
         "--one-thread",

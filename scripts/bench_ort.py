@@ -14,7 +14,7 @@ import io
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -109,7 +109,8 @@ class Crew:
     model can take less.
     """
 
-    def __init__(self, subject: Subject, folder: Path) -> None:
+    def __init__(self, subject: Subject, folder: Path, sizes: Iterable[int]) -> None:
+        """``sizes``: how many workers there are to be, each number a crew of its own."""
         self._job = subject.job("all")
         self._folder = folder
         arguments = {
@@ -123,7 +124,7 @@ class Crew:
                 Role("shards", {**arguments, "turn": turn, "n_turns": n_workers})
                 for turn in range(n_workers)
             ]
-            for n_workers in (1, ALL_CORES)
+            for n_workers in set(sizes)
         }
         self._float_roles = [
             Role("float runs", {**arguments, "turn": turn, "n_turns": ALL_CORES})
@@ -191,18 +192,19 @@ def against_ort(
     n_rounds: int,
     say: Callable[[str], None],
     one_thread: bool = False,
+    is_distinct: bool = False,
 ) -> dict[str, Any]:
     """Speed-ups over ONNX Runtime's percentile and entropy calibrators.
 
     Two threads against two workers, ``n_rounds`` times; with ``one_thread`` one thread against one
-    worker, once. The limits are the speed-ups of a plain float run and nothing else. ``_distinct``:
-    beside a calibrator that is given the distinct tensors alone, once.
+    worker, once. The limits are the speed-ups of a plain float run and nothing else. With
+    ``is_distinct`` also beside calibrators that are given the distinct tensors alone, once.
     """
     turns = [ALL_CORES] * n_rounds + [1] * one_thread
     ours: dict[tuple[str, int], list[float]] = {}
     theirs: dict[tuple[str, int], list[float]] = {}
     floats: dict[str, list[float]] = {}
-    with Crew(subject, folder) as crew:
+    with Crew(subject, folder, turns) as crew:
         crew.wait_until_warm()
         for index, n_threads in enumerate(turns):
             for method in OUR_METHODS:
@@ -229,6 +231,7 @@ def against_ort(
                 subject,
             )
             for method in OUR_METHODS
+            if is_distinct
         }
         n_ours, covered = len(crew.tensors), set(crew.covered)
     by_itself = make_calibrator("percentile", subject.case.model, folder)
@@ -251,9 +254,10 @@ def against_ort(
         }
     }
     for method in OUR_METHODS:
-        one_of_ours = statistics.median(ours[method, ALL_CORES])
-        result[f"speedup_vs_ort_{method}_distinct"] = distinct[method] / one_of_ours
-        say(f"{method}, distinct tensors alone: ONNX Runtime {distinct[method]:.2f} s")
+        if is_distinct:
+            one_of_ours = statistics.median(ours[method, ALL_CORES])
+            result[f"speedup_vs_ort_{method}_distinct"] = distinct[method] / one_of_ours
+            say(f"{method}, distinct tensors alone: ONNX Runtime {distinct[method]:.2f} s")
         result[f"limit_vs_ort_{method}"] = ratio(theirs[method, ALL_CORES], floats[method])
         for n_threads, ending in ((ALL_CORES, ""), (1, "_1_thread")):
             key = (method, n_threads)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,19 @@ def _lap_of(role: Role) -> tuple[Lap, dict[str, float]]:
     return Lap(wall_s=found["wall_s"], cpu_s=found["cpu_s"]), found
 
 
-def speed(subject: Subject, folder: Path, n_rounds: int, say: Say) -> dict[str, Any]:
-    """Ratios to the plain float run, the bound, CPU-seconds per sample and the share of commits."""
+def speed(
+    subject: Subject, folder: Path, n_rounds: int, say: Say, *, wants_bound: bool
+) -> dict[str, Any]:
+    """Ratios to the plain float run, CPU-seconds per sample and the share of commits; with
+    ``wants_bound`` also beside a run that returns all taps and a time for each element."""
     n = len(subject.source.keys())
-    frozen = subject.frozen_session()
-    tapped = {flag: subject.tapped_session(optimized=flag) for flag in (False, True)}
+    sessions: dict[str, Any] = {}
+    if wants_bound:
+        sessions = {
+            "frozen": subject.frozen_session(),
+            "returned": subject.tapped_session(optimized=False),
+            "returned, optimized": subject.tapped_session(optimized=True),
+        }
     batches = subject.batches()
 
     def float_run(session: Any) -> None:
@@ -77,9 +86,7 @@ def speed(subject: Subject, folder: Path, n_rounds: int, say: Say) -> dict[str, 
             "plain": sides.plain,
             "compute taps": lambda: sides.calibrated("compute"),
             "all taps": lambda: sides.calibrated("all"),
-            "frozen": lambda: float_run(frozen),
-            "returned": lambda: float_run(tapped[False]),
-            "returned, optimized": lambda: float_run(tapped[True]),
+            **{name: partial(float_run, session) for name, session in sessions.items()},
         }
         for action in actions.values():
             action()
@@ -88,8 +95,31 @@ def speed(subject: Subject, folder: Path, n_rounds: int, say: Say) -> dict[str, 
         say("warm")
         laps = paired(actions, n_rounds, say)
     spent = sides.spent["all"]
-    n_elements = _n_elements(tapped[False], subject)
     walls = {name: wall(found) for name, found in laps.items()}
+    cpus = {name: cpu(found) for name, found in laps.items()}
+    return {
+        "ratio_compute_taps": ratio(walls["compute taps"], walls["plain"]),
+        "ratio_all_taps": ratio(walls["all taps"], walls["plain"]),
+        "ratio_compute_taps_cpu": ratio(cpus["compute taps"], cpus["plain"]),
+        "ratio_all_taps_cpu": ratio(cpus["all taps"], cpus["plain"]),
+        **(_beside_bound(walls, _n_elements(sessions["returned"], subject)) if sessions else {}),
+        "commit_share": statistics.median(s["commit_s"] / s["wall_s"] for s in spent),
+        "cpu_s_per_sample": {name: statistics.median(found) / n for name, found in cpus.items()},
+        "detail": {
+            "n_samples": n,
+            "n_rounds": n_rounds,
+            "n_taps": sides.n_taps,
+            "seconds": {name: statistics.median(found) for name, found in walls.items()},
+            "of_all_taps_s": {
+                "commit": statistics.median(s["commit_s"] for s in spent),
+                "finish": statistics.median(s["finish_s"] for s in spent),
+            },
+        },
+    }
+
+
+def _beside_bound(walls: Mapping[str, Sequence[float]], n_elements: int) -> dict[str, float]:
+    """What is left of the bound: ratios to a run that returns all taps + a time per element."""
     returned = [
         min(pair) for pair in zip(walls["returned"], walls["returned, optimized"], strict=True)
     ]
@@ -100,27 +130,9 @@ def speed(subject: Subject, folder: Path, n_rounds: int, say: Say) -> dict[str, 
         )
     ]
     counting_s = n_elements * NS_PER_ELEMENT * 1e-9
-    cpus = {name: cpu(found) for name, found in laps.items()}
     return {
-        "ratio_compute_taps": ratio(walls["compute taps"], walls["plain"]),
-        "ratio_all_taps": ratio(walls["all taps"], walls["plain"]),
-        "ratio_compute_taps_cpu": ratio(cpus["compute taps"], cpus["plain"]),
-        "ratio_all_taps_cpu": ratio(cpus["all taps"], cpus["plain"]),
         "all_taps_vs_bound": ratio(walls["all taps"], [one + counting_s for one in returned]),
         "all_taps_vs_strict_bound": ratio(walls["all taps"], [one + counting_s for one in strict]),
-        "commit_share": statistics.median(s["commit_s"] / s["wall_s"] for s in spent),
-        "cpu_s_per_sample": {name: statistics.median(found) / n for name, found in cpus.items()},
-        "detail": {
-            "n_samples": n,
-            "n_rounds": n_rounds,
-            "n_taps": sides.n_taps,
-            "elements_per_sample": n_elements / n,
-            "seconds": {name: statistics.median(found) for name, found in walls.items()},
-            "of_all_taps_s": {
-                "commit": statistics.median(s["commit_s"] for s in spent),
-                "finish": statistics.median(s["finish_s"] for s in spent),
-            },
-        },
     }
 
 

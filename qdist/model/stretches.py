@@ -8,8 +8,9 @@ node computes depends on its inputs alone.
 
 Measured (2 cores of 2 MiB, ONNX Runtime 1.31, an encoder of 153 activations of 16 M elements per
 sample, float run 1.37 s): all outputs of one run 1.64 s, counted 2.7 s; in stretches 1.40 s and
-2.05 s. With an arena for each session it is no faster than one run. On 2 cores of 1 MiB stretches of
-2 MB, 4 MB and 8 MB took 2.62, 2.73 and 2.72 s, and for a small decoder 0.36, 0.38 and 0.39 s.
+2.05 s. With an arena for each session it is no faster than one run. On 2 cores of 1 MiB
+stretches of 2 MB, 4 MB and 8 MB took 2.62, 2.73 and 2.72 s, and for a small decoder 0.36, 0.38 and
+0.39 s.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,10 +40,12 @@ class Front:
         return front
 
     def with_trial(self, trial: Trial, cost: float) -> Front:
-        """The front with one more trial; the same one where that is dominated, or has no score."""
-        if trial.report is None or trial.report.score != trial.report.score:
+        """The front with one more trial; the same one where that is dominated, was not scored to
+        its end, or has no score."""
+        report = trial.report
+        if report is None or report.stopped_early or math.isnan(report.score):
             return self
-        new = FrontPoint(trial=trial, score=trial.report.score, cost=cost)
+        new = FrontPoint(trial=trial, score=report.score, cost=cost)
         kept: list[FrontPoint] = []
         for point in sorted((*self.points, new), key=self._order):
             if not kept or self.gain(point.score) > self.gain(kept[-1].score):

@@ -344,12 +344,20 @@ def test_a_trial_that_cannot_win_stops_early_and_never_wins(bench: Bench) -> Non
     coarse = bench.candidate(1, all=LayerChoice(granularity="tensor"))
     rounds = [[bench.candidate(0)], [coarse], [replace(coarse, number=2)]]
 
-    def run(book: str, worst: list[str], asked: list[list[Candidate]]) -> Outcome:
+    def run(
+        book: str,
+        worst: list[str],
+        asked: list[list[Candidate]],
+        costs: tuple[float, float] | None = None,
+    ) -> Outcome:
         setup = replace(
             bench.setup,
             evaluation=replace(evaluation, arguments={**evaluation.arguments, "worst": worst}),
         )
-        return tune(Script(asked), setup, spec, bench.book(book))
+        hooks = Hooks()
+        if costs is not None:
+            hooks = Hooks(cost=lambda choices: costs[choices == coarse.choices])
+        return tune(Script(asked), setup, spec, bench.book(book), hooks=hooks)
 
     run("both", [], rounds[:2])
     values = [path for path in bench.folder.iterdir() if path.name[0].isdigit()]
@@ -373,6 +381,14 @@ def test_a_trial_that_cannot_win_stops_early_and_never_wins(bench: Bench) -> Non
     fresh = run("race", [other], [[replace(coarse, number=0)]])
     assert fresh.trials[0].report is not None
     assert fresh.trials[0].report.n_samples == 300
+
+    # Nor does it stop where only a plan that costs more is better: it may be on the front.
+    _, dearer = run("dearer", [other], rounds[:2], costs=(1.0, 2.0)).trials
+    _, cheaper = run("cheaper", [other], rounds[:2], costs=(2.0, 1.0)).trials
+    assert dearer.report is not None
+    assert dearer.report.stopped_early
+    assert cheaper.report is not None
+    assert cheaper.report.n_samples == 300
 
 
 def test_what_a_candidate_changes_for_the_whole_plan_is_applied(bench: Bench) -> None:

@@ -324,6 +324,10 @@ def test_a_front_holds_what_no_trial_dominates_in_any_order(
         )
     for s, c in points:
         assert any(p.cost <= c and sign * p.score >= sign * s for p in found.points)
+    for trial, _ in trials[:1]:
+        assert trial.report is not None
+        partly = replace(trial, report=replace(trial.report, stopped_early=True))
+        assert found.with_trial(partly, -1.0) == found
     costs = {trial.candidate.number: cost for trial, cost in trials}
     plain = front_of([t for t, _ in trials], lambda trial: costs[trial.candidate.number])
     assert plain == [point.trial for point in found.points]
