@@ -105,10 +105,6 @@ class Pareto:
         shared = (self._problem, self._settings, *self._trials.values())
         return if_rest_fails(self, finished, running, shared)
 
-    def answer(self) -> Trial | None:
-        """The best trial so far, by the target and the budget of the settings."""
-        return self._front.best(target=self._settings.target, budget=self._settings.budget)
-
     def _refitted(self) -> list[float]:
         """The weights of the groups, by all trials. What clipping harms is no group's own: a
         clipped plan counts as it was before, and one whose clipping did not help not at all."""

@@ -187,7 +187,6 @@ def test_its_front_covers_more_than_that_of_greedy_with_twice_the_trials(seed: i
     worst = max(p.cost for p in points), min(p.score for p in points)
     assert covered(front, worst) > covered(greedy, worst)
     assert ours.front == front
-    assert ours.answer() == front.points[-1].trial
 
 
 def test_a_target_is_met_at_a_lower_cost_and_a_budget_is_kept() -> None:
