@@ -21,6 +21,7 @@ from qdist.evaluate.in_place import InPlace
 from qdist.evaluate.report import EvalReport
 from qdist.evaluate.scorer import Evaluation, Scorer
 from qdist.evaluate.sums import Deviation
+from qdist.memory import keep_freed
 from qdist.model.freeze import FrozenModel
 from qdist.model.graph import Graph
 from qdist.model.session import Execution, fingerprint
@@ -128,6 +129,7 @@ class TrialWorker:
 
     def setup(self) -> dict[str, Any]:
         """Index the model; says under which fingerprint it runs."""
+        keep_freed()
         s = self._setup
         graph = Graph(s.frozen, s.execution)
         self._planner = Planner(graph, s.record, s.taps, s.settings)

@@ -1,4 +1,4 @@
-"""Sessions that hold as little memory as they can, and giving memory back to the system.
+"""Sessions that hold as little memory as they can.
 
 The CPU arena of ONNX Runtime grows in powers of two and gives nothing back before its session
 ends, which is fast for one session that stays, and too much where a budget counts. Without it
@@ -12,10 +12,6 @@ last bits, so prepacking has to be as it is for the whole model.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import onnxruntime as ort
@@ -30,31 +26,3 @@ def frugal_session(
     options = measuring_options(execution)
     options.enable_cpu_mem_arena = False
     return open_session(model, data_folder, execution, options)
-
-
-def give_back() -> None:
-    """Return freed memory to the system, where the C library lets it be asked (glibc)."""
-    if _malloc_trim is not None:
-        _malloc_trim(0)
-
-
-def resident_bytes() -> int | None:
-    """Resident memory of this process, file pages included; None where the system hides it."""
-    try:
-        fields = Path("/proc/self/statm").read_text(encoding="ascii").split()
-    except OSError:
-        return None
-    return int(fields[1]) * mmap.PAGESIZE
-
-
-def _find_malloc_trim() -> Callable[[int], int] | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    try:
-        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError):
-        return None
-    return found
-
-
-_malloc_trim = _find_malloc_trim()

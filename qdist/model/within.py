@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from onnx import ModelProto, ValueInfoProto, inliner
 
 from qdist.errors import ModelError
+from qdist.memory import give_back
 from qdist.model.cutting import plan_cuts
 from qdist.model.estimate import BASE_BYTES
-from qdist.model.frugal import frugal_session, give_back
+from qdist.model.frugal import frugal_session
 from qdist.model.half import widen
 from qdist.model.rewrite import drop_initializer_inputs
 from qdist.model.segments import segments_of

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from qdist.data.positions import Dims, MaskDims, kept_positions
 from qdist.data.source import Feeds
 from qdist.errors import DataError
-from qdist.model.frugal import frugal_session, give_back
+from qdist.memory import give_back
+from qdist.model.frugal import frugal_session
 from qdist.model.relay import Relay
 from qdist.model.segments import Segment
 from qdist.model.session import Execution, as_float32

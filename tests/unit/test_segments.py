@@ -236,7 +236,7 @@ def test_channels_are_second_in_images_and_heads_and_last_in_tokens(tmp_path: Pa
 
 def observe(folder: Path, extra_bytes: int) -> None:
     """Calibrate a chain of 64 MiB within what this process holds and ``extra_bytes``."""
-    from qdist.model.frugal import resident_bytes
+    from qdist.memory import resident_bytes
 
     frozen = freeze(load_model(folder / "model.onnx"))
     graph = Graph(frozen)

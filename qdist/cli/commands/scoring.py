@@ -15,6 +15,7 @@ from qdist.evaluate.builtin import DatasetEvaluation
 from qdist.evaluate.custom_metric import ClassEvaluation
 from qdist.evaluate.overlap import overlap_text
 from qdist.evaluate.scorer import Evaluation, Scorer
+from qdist.memory import keep_freed
 
 
 def make_scorer(
@@ -22,7 +23,8 @@ def make_scorer(
     evaluation: Evaluation,
     float_model: Path,
 ) -> Scorer:
-    """A scorer that works below the output folder."""
+    """A scorer that works below the output folder. This process keeps freed memory from now on."""
+    keep_freed()
     return Scorer(
         evaluation=evaluation,
         float_model=float_model,
