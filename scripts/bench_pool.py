@@ -7,8 +7,9 @@ with evaluations that take no time, and 500 trials in MLflow: in SQLite, and ove
 ``trial_overhead_share``: everything but the evaluation, per trial of one warm worker, from the end
 of its first trial to the end of its last; the trials go to MLflow meanwhile, as in ``qdist tune``.
 ``two_worker_speedup``: trials per second of two workers over one, each from the moment all workers
-have finished a trial. Beside it ``plain_scaling``: what two processes that have nothing to do with
-each other get out of this machine, running the float model. ``driver``: 2,000 trials.
+have finished a trial; the median of pairs, in turn one before two and two before one. Beside it
+``plain_scaling``: what two processes that have nothing to do with each other get out of this
+machine, scoring the plain plan as a trial does. ``driver``: 2,000 trials.
 """
 
 from __future__ import annotations
@@ -42,8 +43,11 @@ from qdist.cli.commands.tune_log import TrialLog
 from qdist.cli.tracking import TrackingSpec, open_tracker
 from qdist.data.arrays import ArraySource
 from qdist.data.preprocess import Preprocess
+from qdist.emit.qdq import emit_qdq
 from qdist.evaluate.builtin import DatasetEvaluation, Runner, evaluate_on
+from qdist.evaluate.reference import read_outputs
 from qdist.evaluate.scorer import Scorer
+from qdist.memory import keep_freed
 from qdist.model.freeze import freeze
 from qdist.model.graph import Graph
 from qdist.model.loading import load_model
@@ -92,6 +96,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--parts", default=",".join(PARTS), help="of " + ", ".join(PARTS))
     parser.add_argument("--trials", type=int, default=8, help="per measurement with evaluations")
+    parser.add_argument("--rounds", type=int, default=3, help="pairs of one worker and two")
     parser.add_argument("--stub-trials", type=int, default=2000)
     options = parser.parse_args()
     parts = options.parts.split(",")
@@ -124,16 +129,25 @@ def _with_evaluations(
     subject, scorer = _subject(case, folder)
     figures: dict[str, Any] = {"float_evaluation_s": subject.evaluation_s}
     with scorer:
-        one = _measured(subject, folder, n, workers=1)
-        print(f"one worker: {one}", flush=True)
-        figures["trial_overhead_share"] = one["overhead_share"]
-        figures["one_worker"] = one
-        if "speedup" in parts:
-            two = _measured(subject, folder, n, workers=2)
-            print(f"two workers: {two}", flush=True)
-            figures["two_workers"] = two
-            figures["two_worker_speedup"] = two["trials_per_s"] / one["trials_per_s"]
-            figures["plain_scaling"] = _plain_scaling(case)
+        found: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
+        scalings: list[float] = []
+        for index in range(options.rounds):
+            for workers in (1, 2) if index % 2 == 0 else (2, 1):
+                if workers == 1 or "speedup" in parts:
+                    measured = _measured(subject, folder / str(index), n, workers)
+                    found[workers].append(measured)
+                    print(f"{workers} workers: {measured}", flush=True)
+            if "speedup" in parts:
+                scalings.append(_plain_scaling(subject, folder / "plain.onnx"))
+                print(f"plain scaling: {scalings[-1]:.2f}", flush=True)
+        figures["one_worker"], figures["two_workers"] = found[1], found[2]
+        figures["trial_overhead_share"] = statistics.median(o["overhead_share"] for o in found[1])
+        if scalings:
+            figures["two_worker_speedup"] = statistics.median(
+                two["trials_per_s"] / one["trials_per_s"]
+                for one, two in zip(found[1], found[2], strict=True)
+            )
+            figures["plain_scaling"] = statistics.median(scalings)
     print({k: v for k, v in figures.items() if isinstance(v, float)}, flush=True)
     return figures
 
@@ -168,14 +182,30 @@ def _float_run_s(case: Case) -> float:
     return time.perf_counter() - begin
 
 
-def _plain_scaling(case: Case) -> float:
-    """Twice the time of one process over that of two at once."""
+def _plain_scaling(subject: Subject, model: Path) -> float:
+    """Twice the time of one process over that of two at once, scoring the plain plan, which is
+    written to ``model``."""
+    setup = subject.setup
+    planner = Planner(Graph(setup.frozen), setup.record, setup.taps, setup.settings)
+    plan = planner.plan(dict.fromkeys(subject.names, LayerChoice()))
+    emit_qdq(setup.frozen, setup.target.project(plan), model, check=False)
+    if not isinstance(setup.evaluation, DatasetEvaluation) or setup.reference is None:
+        raise SystemExit("the trials are not scored beside the float model's outputs")
+    work = (model, setup.evaluation, setup.reference)
     context = multiprocessing.get_context("spawn")
-    with context.Pool(2) as pool:
-        pool.map(_float_run_s, [case, case], chunksize=1)
-        (alone,) = pool.map(_float_run_s, [case])
-        both = max(pool.map(_float_run_s, [case, case], chunksize=1))
+    with context.Pool(2, keep_freed) as pool:
+        pool.map(_scored_s, [work] * 2, chunksize=1)
+        (alone,) = pool.map(_scored_s, [work])
+        both = max(pool.map(_scored_s, [work] * 2, chunksize=1))
     return 2 * alone / both
+
+
+def _scored_s(work: tuple[Path, DatasetEvaluation, Path]) -> float:
+    """One evaluation as in a trial."""
+    model, evaluation, reference = work
+    begin = time.perf_counter()
+    evaluate_on(Runner(model, Execution()), evaluation, read_outputs(reference))
+    return time.perf_counter() - begin
 
 
 def _subject(case: Case, folder: Path) -> tuple[Subject, Scorer]:
@@ -218,6 +248,7 @@ def _subject(case: Case, folder: Path) -> tuple[Subject, Scorer]:
 
 def _measured(subject: Subject, folder: Path, n: int, workers: int) -> dict[str, Any]:
     """A search of ``n`` plans in one round, logged to MLflow."""
+    folder.mkdir(exist_ok=True)
     book = open_book(folder / f"trials-of-{workers}", {})
     ends: list[float] = []
     seconds: list[float] = []
