@@ -54,13 +54,14 @@ class Hooks:
     ``costs``: what a plan costs, by name, to stand beside its trial. ``cost``: what it costs in the
     unit of the search, which tells equal scores apart; None: the bytes of artifacts do.
     ``plain_cost``: of the plain plan in that unit, below which none is the better for costing
-    less."""
+    less. ``harm``: of a plan, by the layers' sensitivities."""
 
     on_trial: Callable[[Trial], None] | None = None
     on_message: Callable[[str], None] | None = None
     costs: Callable[[Choices], Mapping[str, float]] | None = None
     cost: Callable[[Choices], float] | None = None
     plain_cost: float | None = None
+    harm: Callable[[Choices], float] | None = None
 
 
 def incumbent_maker(

@@ -111,6 +111,8 @@ class _Search:
         self._trials: dict[int, Trial] = {}
         self._round = _Round({})
         self._running: dict[str, Candidate] = {}
+        self._incumbents: dict[float | None, Incumbent | None] = {}
+        """What trials of a cost have to beat in this round, as far as it was asked for."""
         self._twins: dict[str, list[tuple[str, Candidate]]] = {}
         self._ahead: list[Candidate] = []
         self._ahead_of = -1
@@ -148,6 +150,7 @@ class _Search:
             finished = sorted(self._round.finished, key=lambda trial: trial.candidate.number)
             self._strategy.tell(finished)
             self._trials.update((trial.candidate.number, trial) for trial in finished)
+            self._incumbents.clear()
             if any(self._is_reached(trial) for trial in finished):
                 return "target"
         return "trials"
@@ -158,12 +161,17 @@ class _Search:
         maker, cost = self._limits.incumbent_of, self._hooks.cost
         if maker is None:
             return None
-        rivals = list(self._trials.values())
-        if cost is not None:
-            own = cost(candidate.choices)
-            rivals = [trial for trial in rivals if trial.cost is not None and trial.cost <= own]
-        best = best_of(rivals)
-        return None if best is None or best.report is None else maker(best.report)
+        own = None if cost is None else cost(candidate.choices)
+        if own not in self._incumbents:
+            rivals = [
+                trial
+                for trial in self._trials.values()
+                if own is None or (trial.cost is not None and trial.cost <= own)
+            ]
+            best = best_of(rivals)
+            report = None if best is None else best.report
+            self._incumbents[own] = None if report is None else maker(report)
+        return self._incumbents[own]
 
     def _n_left(self) -> int:
         most = self._limits.max_trials
@@ -308,7 +316,7 @@ class _Search:
             self._known(twin, replace(result, reused=True))
 
     def _finish(self, key: str, candidate: Candidate, result: PlanResult) -> None:
-        cost, costs = self._hooks.cost, self._hooks.costs
+        cost, costs, harm = self._hooks.cost, self._hooks.costs, self._hooks.harm
         trial = Trial(
             candidate=candidate,
             report=result.report,
@@ -318,6 +326,7 @@ class _Search:
             layers=result.layers if candidate.wants_layers else {},
             cost=cost(candidate.choices) if cost else None,
             plain_cost=self._hooks.plain_cost,
+            harm=harm(candidate.choices) if harm else None,
         )
         del self._round.waiting[candidate.number]
         self._round.by_key[key].remove(candidate)

@@ -150,7 +150,7 @@ class Search:
         """The best of the first ``n_trials`` on what the search saw, as the command chooses it,
         among those that cost at most so much; None without any."""
         by_number = {t.number: t for t in self.tried[:n_trials] if t.cost <= cost * (1 + 1e-9)}
-        plain_cost = self.tried[0].cost
+        plain_cost = self.tried[0].cost if self.tried else None
         found = best_of(replace(t.trial, plain_cost=plain_cost) for t in by_number.values())
         return None if found is None else by_number[found.candidate.number]
 

@@ -325,7 +325,9 @@ class TrackingConfig(Group):
     uri: str = Field(description="sqlite:///FILE or http(s)://SERVER")
     experiment: str = Field("qdist", description="created if missing")
     artifacts: Literal["all", "front", "best", "none"] = Field(
-        "all", description="whose models are sent: of all trials, of the front, the best, none"
+        "all",
+        description="whose models are sent: of all trials, of the front with the best, the best, "
+        "none",
     )
     run_name: str | None = Field(None, description="of the parent run")
 

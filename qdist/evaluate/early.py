@@ -1,6 +1,7 @@
 """When a trial that gives scores of single samples may end, because it has lost.
 
-The trial's scores are paired with those that the best trial so far had for the same samples. Two
+The trial's scores are paired with those that another one, which it has to beat, had for the same
+samples. Two
 rules, both deterministic, each looked at after every sample:
 
 - *certain*: all scores lie in a known range, and even the best of them for every sample that is
@@ -27,8 +28,8 @@ class Incumbent:
     """What a trial has to beat: per-sample scores of the best trial, in order, all in
     ``sample_range``. ``risk``: chance of stopping one that would not have lost, in (0, 1).
 
-    The search gives one incumbent to all trials of a round, that of the rounds before, so that
-    where a trial stops does not depend on timing. Raises `qdist.errors.ConfigError` QD104.
+    The search takes the best trial of the rounds before whose plan costs no more, so that where a
+    trial stops does not depend on timing. Raises `qdist.errors.ConfigError` QD104.
     """
 
     scores: tuple[float, ...]

@@ -70,7 +70,7 @@ class FunctionEvaluation:
         return load_function(self.target)
 
     def incumbent(self, best: EvalReport | None) -> Incumbent | None:
-        """What the trials of a round have to beat, from the best report of the rounds before.
+        """What a trial has to beat, from the report of the one that is best.
 
         None where that gave no per-sample scores to the end, or their range is not known.
         """

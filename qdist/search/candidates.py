@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from qdist.plan.choice import LayerChoice
 from qdist.search.costs import Edge, stored_type
@@ -52,6 +53,10 @@ class CandidateTable:
             self._gain(names) * sum(self._alone(name, choices[name]) for name in names)
             for names in self.groups
         ]
+
+    def harm_of(self, choices: Choices) -> float:
+        """What all groups harm together."""
+        return sum(self.harms_of(choices))
 
     def other_method(self) -> str | None:
         """The threshold method that harms least beside the plain plan's own, where all layers that
@@ -151,12 +156,13 @@ class CandidateTable:
     def _gain(self, names: tuple[str, ...]) -> float:
         """Harm to the model's outputs for each unit of the group's own: the largest that was
         measured; 1 where nothing was measured for any group, else the middle one of all."""
-        gains = self._gains()
+        gains = self._gains
         if not gains:
             return 1.0
         ordered = sorted(gains.values())
         return gains.get(names[0], ordered[len(ordered) // 2])
 
+    @cached_property
     def _gains(self) -> Mapping[str, float]:
         found: dict[str, float] = {}
         for names in self._problem.groups:

@@ -7,7 +7,7 @@ store activations in different number types, something has to convert them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qdist.plan.choice import LayerChoice
 
@@ -40,11 +40,15 @@ class Costs:
 
     def of_layer(self, name: str, choice: LayerChoice) -> float:
         """The cost of one layer alone; 0 for a layer that the costs do not know. A choice that is
-        no option of the layer costs what the first one of its precision does, and where there is
-        none, what the dearest does."""
+        no option of the layer costs what the one does that differs in its threshold method alone,
+        else what the first one of its precision does, and where there is none, what the dearest
+        does."""
         known = self.layers.get(name, {})
         if choice in known or not known:
             return known.get(choice, 0.0)
+        for other, cost in known.items():
+            if replace(other, saturation=choice.saturation) == choice:
+                return cost
         alike = (cost for c, cost in known.items() if c.precision == choice.precision)
         return next(alike, max(known.values()))
 

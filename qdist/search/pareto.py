@@ -126,7 +126,7 @@ class Pareto:
         found: list[Candidate] = []
         if self._round == 0:
             plain = self._problem.plain
-            self._add(found, _Wanted("plain", plain, sum(self._table.harms_of(plain))))
+            self._add(found, _Wanted("plain", plain, self._table.harm_of(plain)))
             for wanted in self._first(knapsack, limit):
                 self._add(found, wanted)
                 if len(found) >= _N_FIRST:
@@ -179,7 +179,7 @@ class Pareto:
         found = self._clipping.next(width)
         if found is not None:
             label, plan, before = found
-            yield _Wanted(label, plan, sum(self._table.harms_of(before)), before)
+            yield _Wanted(label, plan, self._table.harm_of(before), before)
 
     def _next(self, knapsack: Knapsack, found: list[Candidate]) -> _Wanted | None:
         """The unseen plan of the predicted front that tells most."""

@@ -67,8 +67,9 @@ class Trial:
 
     ``n_bytes``: size of its artifact; 0 when none was written. ``cost``: of its plan, in the unit
     of the search; None where nobody says, and bytes stand in. ``plain_cost``: of the plain plan, in
-    that unit; None where nobody says. ``layers``: layer -> deviation of its output in place, in the
-    whole quantized model; empty unless the candidate asked for it.
+    that unit; None where nobody says. ``harm``: of its plan, by the layers' sensitivities, in one
+    measure for all trials of a search; None where nobody says. ``layers``: layer -> deviation of
+    its output in place, in the whole quantized model; empty unless the candidate asked for it.
     """
 
     candidate: Candidate
@@ -79,6 +80,7 @@ class Trial:
     layers: Mapping[str, Deviation] = field(default_factory=dict)
     cost: float | None = None
     plain_cost: float | None = None
+    harm: float | None = None
 
     @property
     def evaluation(self) -> EvaluationRun | None:
@@ -91,8 +93,8 @@ class Trial:
     @property
     def rank(self) -> Rank:
         """By which the answer of a search is chosen; larger is better: scored to the end, the
-        score, the lower cost beyond the plain plan's, the nearer to float (output SQNR, else what
-        was predicted), the lower cost, the smaller artifact.
+        score, the lower cost beyond the plain plan's, the nearer to float (output SQNR, else the
+        lesser harm), the lower cost, the smaller artifact.
 
         Few samples give plans of unlike harm the same score. What is cheaper than the plain plan
         is then no better for that: of plans that cost no more, the least harmful is the answer.
@@ -110,7 +112,6 @@ class Trial:
             return (float("-inf"),) * 7
         sign = 1.0 if self.report.higher_is_better else -1.0
         closeness = self.report.metrics.get("sqnr_db", 0.0)
-        harm = self.candidate.predicted
         whole = 0.0 if self.report.stopped_early else 1.0
         n_bytes = float(self.n_bytes)
         cost = n_bytes if self.cost is None else self.cost
@@ -119,7 +120,7 @@ class Trial:
             sign * self.report.score,
             -cost if enough is None else -max(cost, enough),
             closeness,
-            float("-inf") if harm is None else -harm,
+            0.0 if self.harm is None else -self.harm,
             -cost,
             -n_bytes,
         )

@@ -174,13 +174,17 @@ def test_plans_that_come_to_the_same_are_scored_once(bench: Bench) -> None:
     def n_wide(choices: Choices) -> float:
         return sum(choice == wide for choice in choices.values())
 
-    costs = Hooks(costs=lambda choices: {"wide": n_wide(choices)}, cost=n_wide)
+    costs = Hooks(
+        costs=lambda choices: {"wide": n_wide(choices)}, cost=n_wide, plain_cost=1, harm=n_wide
+    )
     first = bench.run(Script([asked]), workers=2, seconds=0.3, hooks=costs)
     assert bench.n_scored == first.n_scored == 2
     plain, same, other = scores(first)
     assert plain == same != other
     assert first.trials[0].n_bytes == first.trials[1].n_bytes
     assert [trial.cost for trial in first.trials] == [0, 0, len(bench.planner.layers)]
+    assert [trial.harm for trial in first.trials] == [trial.cost for trial in first.trials]
+    assert {trial.plain_cost for trial in first.trials} == {1}
     for number in range(3):
         place = bench.folder / "trials" / f"trial-{number:03d}"
         assert {"model.onnx", "plan.json", "trial.json"} <= {p.name for p in place.iterdir()}

@@ -209,6 +209,42 @@ def test_a_target_is_met_at_a_lower_cost_and_a_budget_is_kept() -> None:
     assert problem.cost(answer.candidate.choices) <= budget * (1 + 1e-9)
 
 
+@settings(max_examples=4)
+@given(st.integers(0, 99))
+def test_of_equal_scores_no_plan_that_costs_as_little_harms_less_than_the_answer(seed: int) -> None:
+    problem = problem_of(8, seed)
+    table, exact = CandidateTable(problem), score_of(problem, seed)
+
+    def coarse(candidate: Candidate) -> float:
+        return round(8 * (exact(candidate) or 0.0)) / 8
+
+    found = search(Pareto(problem, SearchSettings(max_trials=12)), coarse)
+    plain_cost = problem.cost(problem.plain)
+    trials = [
+        replace(
+            trial,
+            cost=problem.cost(trial.candidate.choices),
+            plain_cost=plain_cost,
+            harm=table.harm_of(trial.candidate.choices),
+        )
+        for trial in found
+    ]
+    answer = answer_of(trials, problem)
+    assert answer is not None
+    best = max(coarse(trial.candidate) for trial in trials)
+    costs = {t: problem.cost(trials[t].candidate.choices) for t in range(len(trials))}
+    alike = [
+        trial
+        for t, trial in enumerate(trials)
+        if costs[t] <= plain_cost and coarse(trial.candidate) == best
+    ]
+    assert coarse(answer.candidate) == best
+    if alike:
+        harms = [table.harm_of(trial.candidate.choices) for trial in alike]
+        assert problem.cost(answer.candidate.choices) <= plain_cost
+        assert table.harm_of(answer.candidate.choices) == min(harms)
+
+
 def test_failed_trials_and_a_budget_that_nothing_fits_end_the_search() -> None:
     problem = problem_of(6)
     trials = search(Pareto(problem, SearchSettings()), lambda candidate: None)

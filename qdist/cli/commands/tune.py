@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from qdist.cli import domain
@@ -94,14 +95,14 @@ def run(context: Context[TuneSettings]) -> None:
         if found.outcome.stopped == "interrupt" and not found.outcome.trials:
             raise KeyboardInterrupt
         best = keep_best(context, frozen, planner, target, found)
-        is_interrupted, unseen = found.outcome.stopped == "interrupt", None
+        unseen = None
         try:
             unseen = score_unseen(context, frozen.source, best.trial, best.artifact.path, found)
         except KeyboardInterrupt:
-            is_interrupted = True
+            found = replace(found, outcome=replace(found.outcome, stopped="interrupt"))
             context.say("stopped by Ctrl-C; the report leaves out what the search did not see")
         report(context, frozen, before, best, found, unseen, merged.notes, run_)
-        if is_interrupted:
+        if found.outcome.stopped == "interrupt":
             raise KeyboardInterrupt
         tune_search.forget_run(context)
 

@@ -170,7 +170,8 @@ def _log_parent(
     )
     on_front = front_of(outcome.trials, lambda trial: found.problem.cost(trial.candidate.choices))
     numbers = {trial.candidate.number for trial in on_front}
-    front = [row for row in rows if row.number in numbers]
+    # Of equal scores the front has the cheapest; the answer may be another.
+    front = [row for row in rows if row.number in numbers or row.is_best]
     apart = {} if unseen is None else {row.number: row_numbers(row) for row in unseen.rows}
     parent.log_table(
         [{**_front_row(row), **apart.get(row.number, {})} for row in front], "front.csv"
@@ -208,6 +209,7 @@ def _front_row(row: TrialRow) -> dict[str, Any]:
         "score": row.score,
         "bytes": row.n_bytes,
         "label": row.label,
+        "best": row.is_best,
         "changed_layers": len(row.changed),
         **{f"layers_{name}": n for name, n in row.counts.items()},
         **{name: value for name, value in row.metrics.items() if value != row.score},

@@ -28,6 +28,7 @@ from qdist.model.freeze import FrozenModel
 from qdist.model.session import fingerprint
 from qdist.plan.planner import Planner
 from qdist.plan.target import Target
+from qdist.search.candidates import CandidateTable
 from qdist.search.costs import bit_operations
 from qdist.search.front import answer_of
 from qdist.search.problem import SearchProblem
@@ -142,6 +143,7 @@ def search(
                 costs=costs,
                 cost=problem.cost,
                 plain_cost=problem.cost(problem.plain),
+                harm=CandidateTable(problem).harm_of,
             ),
         )
     context.say(_ended(outcome, settings))

@@ -37,8 +37,8 @@ counts only if McNemar's test has less than this for chance."""
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unseen:
     """Scores on the samples that the search did not see. ``before``, ``after``: of the float model
-    and the best one. ``rows``: the plain plan, then the front by rising cost; empty where the
-    evaluation gives no scores of single samples."""
+    and the best one. ``rows``: the plain plan, then the front by rising cost, then the best one
+    where it is not on the front; empty where the evaluation gives no scores of single samples."""
 
     before: EvalReport
     after: EvalReport
@@ -76,6 +76,8 @@ def score_unseen(
     samples the plain plan and the front too, on the samples that the search did not see. Says it,
     and writes `UNSEEN`; None where there are no such samples. ``model``: of the best trial."""
     config = context.settings.evaluation
+    # Of an earlier answer, where the search went on in this folder.
+    (context.folder / UNSEEN).unlink(missing_ok=True)
     if not isinstance(config, schema.MetricConfig | schema.ClassConfig) or not config.search_share:
         return None
     evaluation = domain.evaluation(config, context.settings.data, "report")

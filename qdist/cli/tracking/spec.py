@@ -17,7 +17,7 @@ class TrackingSpec:
     ``uri`` is ``sqlite:///PATH`` (artifacts land in ``mlartifacts`` beside the database) or
     ``http(s)://SERVER``. ``artifacts`` says which files are sent: ``all``; ``best``: those of
     parent runs and those logged with ``best=True``; ``front``: the same, where the caller gives
-    ``best=True`` to all that are on the front; ``none``. Configurations, JSON, text and
+    ``best=True`` to all that are on the front too; ``none``. Configurations, JSON, text and
     tables are always sent. Raises QD104.
     """
 
