@@ -3,8 +3,8 @@
 They get the same model file, the same micro-batches read in the same way, and as many threads as we
 get workers. Both sides end with a range for the same tensors: what ONNX Runtime measures by itself,
 as far as we have a range for it. A view (the result of a Reshape, say) has that of its source with
-us, and is measured like any other tensor with them; once they are also given the distinct tensors
-alone. Start-up is excluded: sessions are loaded and have run before.
+us, and is measured like any other tensor with them. On request they are also given the distinct
+tensors alone. Start-up is excluded: sessions are loaded and have run before.
 """
 
 from __future__ import annotations

@@ -95,6 +95,7 @@ def speed(
         say("warm")
         laps = paired(actions, n_rounds, say)
     spent = sides.spent["all"]
+    n_elements = _n_elements(sessions["returned"], subject) if sessions else 0
     walls = {name: wall(found) for name, found in laps.items()}
     cpus = {name: cpu(found) for name, found in laps.items()}
     return {
@@ -102,13 +103,14 @@ def speed(
         "ratio_all_taps": ratio(walls["all taps"], walls["plain"]),
         "ratio_compute_taps_cpu": ratio(cpus["compute taps"], cpus["plain"]),
         "ratio_all_taps_cpu": ratio(cpus["all taps"], cpus["plain"]),
-        **(_beside_bound(walls, _n_elements(sessions["returned"], subject)) if sessions else {}),
+        **(_beside_bound(walls, n_elements) if sessions else {}),
         "commit_share": statistics.median(s["commit_s"] / s["wall_s"] for s in spent),
         "cpu_s_per_sample": {name: statistics.median(found) / n for name, found in cpus.items()},
         "detail": {
             "n_samples": n,
             "n_rounds": n_rounds,
             "n_taps": sides.n_taps,
+            **({"elements_per_sample": n_elements / n} if sessions else {}),
             "seconds": {name: statistics.median(found) for name, found in walls.items()},
             "of_all_taps_s": {
                 "commit": statistics.median(s["commit_s"] for s in spent),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 from qdist.plan.choice import LayerChoice
 
@@ -46,11 +47,11 @@ class Costs:
         known = self.layers.get(name, {})
         if choice in known or not known:
             return known.get(choice, 0.0)
-        for other, cost in known.items():
-            if replace(other, saturation=choice.saturation) == choice:
-                return cost
-        alike = (cost for c, cost in known.items() if c.precision == choice.precision)
-        return next(alike, max(known.values()))
+        alike = [(c, cost) for c, cost in known.items() if c.precision == choice.precision]
+        if not alike:
+            return max(known.values())
+        bare = _but_for_threshold(choice)
+        return next((cost for c, cost in alike if _but_for_threshold(c) == bare), alike[0][1])
 
     def total(self, choices: Mapping[str, LayerChoice]) -> float:
         """The cost of a whole plan."""
@@ -62,6 +63,12 @@ class Costs:
             pair = stored_type(choices[edge.source]), stored_type(choices[edge.reader])
             if pair[0] != pair[1]:
                 yield edge.conversion.get(pair, 0.0)
+
+
+@cache
+def _but_for_threshold(choice: LayerChoice) -> LayerChoice:
+    """What is alike in choices that differ in their threshold method alone."""
+    return replace(choice, saturation=LayerChoice().saturation)
 
 
 def stored_type(choice: LayerChoice) -> str:

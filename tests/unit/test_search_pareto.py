@@ -369,6 +369,17 @@ def test_a_front_holds_what_no_trial_dominates_in_any_order(
     assert [row["cost"] for row in found.rows()] == [point.cost for point in found.points]
 
 
+def test_a_choice_with_another_threshold_method_costs_what_its_like_does() -> None:
+    fine, coarse = INT8, replace(INT8, granularity="tensor")
+    costs = Costs(layers={"a": {fine: 5.0, coarse: 3.0, W16: 9.0}})
+    clipped = replace(coarse, saturation="percentile:99.9")
+    assert costs.of_layer("a", clipped) == 3.0
+    assert costs.of_layer("a", replace(fine, saturation="percentile:99.9")) == 5.0
+    assert costs.of_layer("a", replace(coarse, precision="w8a16")) == 9.0
+    assert costs.of_layer("a", LayerChoice(precision="float32")) == 9.0
+    assert costs.of_layer("b", clipped) == 0.0
+
+
 def test_sizes_and_operations_of_a_layer() -> None:
     assert weight_bytes(W4, 1000, 10) == 540
     assert weight_bytes(LayerChoice(precision="float32"), 1000) == 4000

@@ -171,7 +171,9 @@ def _log_parent(
     on_front = front_of(outcome.trials, lambda trial: found.problem.cost(trial.candidate.choices))
     numbers = {trial.candidate.number for trial in on_front}
     # Of equal scores the front has the cheapest; the answer may be another.
-    front = [row for row in rows if row.number in numbers or row.is_best]
+    kept = {"best": {best.trial.candidate.number}}
+    kept["front"] = numbers | kept["best"]
+    front = [row for row in rows if row.number in kept["front"]]
     apart = {} if unseen is None else {row.number: row_numbers(row) for row in unseen.rows}
     parent.log_table(
         [{**_front_row(row), **apart.get(row.number, {})} for row in front], "front.csv"
@@ -194,13 +196,10 @@ def _log_parent(
         if artifact is not None:
             parent.log_artifact(artifact, best=True)
     if context.settings.tracking.artifacts == "front":
-        found.log.send_models(
-            {trial.candidate.number: trial for trial in (*on_front, best.trial)}.values()
-        )
+        found.log.send_models(t for t in outcome.trials if t.candidate.number in kept["front"])
     # Only now: what MLflow is to get is read from there.
-    kept = {"front": numbers, "best": {best.trial.candidate.number}}
     if (policy := context.settings.search.artifacts) != "all":
-        found.book.prune(kept[policy] | kept["best"])
+        found.book.prune(kept[policy])
 
 
 def _front_row(row: TrialRow) -> dict[str, Any]:
