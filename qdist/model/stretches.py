@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +27,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 
 from qdist.errors import ModelError
+from qdist.model.bound import BINDING_ERRORS, Bound, Forms, Made, Turn
 from qdist.model.flow import Flow
 from qdist.model.parts import can_cross, part_of
 from qdist.model.rewrite import remove_dead
@@ -40,17 +40,22 @@ STRETCH_BYTES = 2 << 20
 _REPEATED_BYTES = 16 << 20
 """Weights inside the graph that may be held once more because several stretches read them."""
 
-Arrays = dict[str, NDArray[Any]]
+_BOUND_BYTES = 64 << 20
+"""Outputs beyond which memory is not bound: it would be held beside what runs of other shapes
+take, and what it saves is little beside such outputs."""
+
+_Key = tuple[tuple[str, tuple[int, ...], Any], ...]
+"""Names, shapes and element types of feeds."""
 
 
 class Runner(Protocol):
     """Runs a graph once per call of `parts`. One thread at a time."""
 
-    def parts(self, feeds: Mapping[str, NDArray[Any]]) -> Iterator[Arrays]:
+    def parts(self, feeds: Mapping[str, NDArray[Any]]) -> Iterator[Made]:
         """All wanted outputs, some at a time, in the order of the graph. Raises QD205.
 
-        They are the caller's; memory is used again once an array is let go. What is not read is
-        ignored in ``feeds``.
+        Fixed ones are valid until the next are asked for. Others are the caller's, and their memory
+        is used again once an array is let go. What is not read is ignored in ``feeds``.
         """
         ...
 
@@ -65,30 +70,18 @@ class Undivided:
         self._reads = tuple(reads)
         self._outputs = list(outputs)
 
-    def parts(self, feeds: Mapping[str, NDArray[Any]]) -> Iterator[Arrays]:
+    def parts(self, feeds: Mapping[str, NDArray[Any]]) -> Iterator[Made]:
         """All at once."""
         reads = {name: feeds[name] for name in self._reads if name in feeds}
-        yield dict(zip(self._outputs, run(self._session, self._outputs, reads), strict=True))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Stretch:
-    """``outputs``: all that it puts out. ``wanted``: those for the caller. ``sends``: those that
-    later stretches read. ``last``: what no later one reads any more."""
-
-    session: ort.InferenceSession
-    reads: tuple[str, ...]
-    outputs: list[str]
-    wanted: tuple[str, ...]
-    sends: tuple[str, ...]
-    last: tuple[str, ...]
+        yield Made(dict(zip(self._outputs, run(self._session, self._outputs, reads), strict=True)))
 
 
 class Stretches:
     """A `Runner` that divides its graph by the shapes of the first feeds, and loads it then.
 
     ``graph_bytes``: a model with at least the ``outputs`` wanted. Feeds of other shapes run in the
-    same stretches. On a provider with memory of its own it is not divided.
+    same stretches; feeds shaped like those before run on bound memory. On a provider with memory of
+    its own it is not divided.
     """
 
     def __init__(
@@ -105,30 +98,74 @@ class Stretches:
         self._data_folder = data_folder
         self._execution = execution
         self._stretch_bytes = stretch_bytes
-        self._stretches: tuple[_Stretch, ...] = ()
+        self._stretches: tuple[Turn, ...] = ()
+        self._reads: frozenset[str] = frozenset()
+        self._can_bind = execution.provider == "CPUExecutionProvider"
+        self._bound: Bound | None = None
+        self._bound_for: _Key = ()
+        self._seen: tuple[_Key, list[Forms]] | None = None
 
     def __len__(self) -> int:
         """How many there are; 0 before the first run."""
         return len(self._stretches)
 
-    def parts(self, feeds: Mapping[str, NDArray[Any]]) -> Iterator[Arrays]:
+    def parts(self, feeds: Mapping[str, NDArray[Any]]) -> Iterator[Made]:
         """Stretch by stretch."""
         if not self._stretches:
             self._stretches = self._divided(feeds)
+            self._reads = frozenset(name for one in self._stretches for name in one.reads)
+        key = tuple((name, a.shape, a.dtype) for name, a in feeds.items() if name in self._reads)
+        bound = self._bound_to(key)
+        if bound is None:
+            yield from self._unbound(feeds, key)
+            return
+        runs = bound.runs(feeds)
+        for done in range(len(self._stretches)):
+            try:
+                made = next(runs)
+            except BINDING_ERRORS:
+                # A shape that depends on values. Whatever else it is comes again.
+                self._can_bind, self._bound = False, None
+                sent = [name for one in self._stretches[:done] for name in one.sends]
+                feeds = {**feeds, **{name: bound.array(name) for name in sent}}
+                yield from self._unbound(feeds, key, done)
+                return
+            yield made
+
+    def _bound_to(self, key: _Key) -> Bound | None:
+        """Memory for feeds of these shapes, where those before had them too."""
+        if self._bound is not None and self._bound_for == key:
+            return self._bound
+        if not self._can_bind or self._seen is None or self._seen[0] != key:
+            return None
+        forms, self._seen = self._seen[1], None
+        self._bound, self._bound_for = None, key
+        with suppress(ValueError):
+            self._bound = Bound(self._stretches, forms, _BOUND_BYTES)
+        return self._bound
+
+    def _unbound(
+        self, feeds: Mapping[str, NDArray[Any]], key: _Key, first: int = 0
+    ) -> Iterator[Made]:
+        """Stretches from the ``first`` on, each with memory that it asks for."""
+        forms: list[Forms] = []
         waiting = dict(feeds)
-        for stretch in self._stretches:
+        for stretch in self._stretches[first:]:
             reads = {name: waiting[name] for name in stretch.reads if name in waiting}
             for name in stretch.last:
                 waiting.pop(name, None)
             found = run(stretch.session, stretch.outputs, reads)
             made = dict(zip(stretch.outputs, found, strict=True))
+            forms.append({name: (array.shape, array.dtype) for name, array in made.items()})
             waiting.update((name, made[name]) for name in stretch.sends)
             wanted = {name: made[name] for name in stretch.wanted}
             # Nothing here may keep alive what the caller lets go.
             del reads, found, made
-            yield wanted
+            yield Made(wanted)
+        if first == 0 and key != self._bound_for:
+            self._seen = key, forms
 
-    def _divided(self, feeds: Mapping[str, NDArray[Any]]) -> tuple[_Stretch, ...]:
+    def _divided(self, feeds: Mapping[str, NDArray[Any]]) -> tuple[Turn, ...]:
         model = ModelProto.FromString(self._graph_bytes)
         kept = [value for value in model.graph.output if value.name in set(self._outputs)]
         del model.graph.output[:]
@@ -152,7 +189,7 @@ class Stretches:
             # Whether the runtime takes the graph is for its session to say.
             return None
 
-    def _stretch(self, flow: Flow, start: int, stop: int, elements: Mapping[str, int]) -> _Stretch:
+    def _stretch(self, flow: Flow, start: int, stop: int, elements: Mapping[str, int]) -> Turn:
         part = part_of(flow, start, stop, elements)
         _share_arena()
         options = measuring_options(self._execution)
@@ -161,7 +198,7 @@ class Stretches:
             part.model.SerializeToString(), self._data_folder, self._execution, options
         )
         reads = (*part.feeds, *part.receives)
-        return _Stretch(
+        return Turn(
             session=session,
             reads=reads,
             outputs=[value.name for value in part.model.graph.output],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,8 @@ _SHORT_RUN = 32
 """Shorter runs of one channel are treated as lanes."""
 _ALL = np.zeros(0, np.bool_)
 _NO_KEYS = np.zeros(0, np.int32)
+
+_Ready = tuple[NDArray[np.int64], NDArray[np.int64], list[tuple[int, NDArray[Any]]]]
 
 
 class Accumulator:
@@ -67,6 +70,8 @@ class Accumulator:
         # How a tensor of the shape that was seen last is swept, where that is all there is to do.
         self._shapes: list[tuple[int, ...] | None] = [None] * n
         self._layouts = np.zeros((n, sweep.N_LAYOUT), np.int64)
+        # Of the tensors of one source: rows and addresses of those of such shapes; the others.
+        self._ready: WeakKeyDictionary[object, _Ready] = WeakKeyDictionary()
         self.reset()
 
     def reset(self) -> None:
@@ -80,6 +85,7 @@ class Accumulator:
         self._sizes = [UNSEEN] * n
         self._lanes.clear()
         self._shapes = [None] * n
+        self._ready.clear()
 
     def add_samples(self, n: int) -> None:
         """Say that ``n`` more samples were measured."""
@@ -118,19 +124,50 @@ class Accumulator:
         else:
             self._add_kept(index, values, np.asarray(keep, np.bool_), n_channels)
 
-    def add_all(self, indices: Sequence[int], arrays: Sequence[NDArray[Any]]) -> None:
+    def add_again(self, source: object) -> bool:
+        """As the last `add_all` from this ``source``; False, and nothing is added, where there was
+        none or the shapes of its tensors are not the last ones any more."""
+        ready = self._ready.get(source)
+        if ready is None:
+            return False
+        self._add_like(*ready)
+        return True
+
+    def add_all(
+        self,
+        indices: Sequence[int],
+        arrays: Sequence[NDArray[Any]],
+        source: object | None = None,
+    ) -> None:
         """As `add` for each index and its tensor, but in one compiled call for all those of which
-        the like was counted before: a call takes as long as some 20,000 elements do."""
+        the like was counted before: a call takes as long as some 20,000 elements do.
+
+        ``source``: what stands for these very arrays, and keeps them alive (`add_again`).
+        """
         alike: list[int] = []
         places: list[int] = []
+        others: list[tuple[int, NDArray[Any]]] = []
         for index, array in zip(indices, arrays, strict=True):
             is_plain = array.dtype == np.float32 and array.flags.carray
             if is_plain and self._shapes[index] == array.shape:
                 alike.append(index)
                 places.append(array.__array_interface__["data"][0])
             else:
-                self.add(index, array)
-        rows, addresses = np.array(alike, np.int64), np.array(places, np.int64)
+                others.append((index, array))
+        ready = np.array(alike, np.int64), np.array(places, np.int64), others
+        if source is not None:
+            self._ready[source] = ready
+        self._add_like(*ready)
+
+    def _add_like(
+        self,
+        rows: NDArray[np.int64],
+        addresses: NDArray[np.int64],
+        others: Sequence[tuple[int, NDArray[Any]]],
+    ) -> None:
+        """Count tensors at addresses, of which the like was counted before, and others."""
+        for index, array in others:
+            self.add(index, array)
         counters, done = self._counters, 0
         while done < rows.size:
             counters.reserve(max(2, min(rows.size - done, 8)) * ROW_SLOTS)
@@ -148,11 +185,13 @@ class Accumulator:
     def _settle(self, index: int, shape: tuple[int, ...], n_channels: int, inner: int) -> None:
         """Note how the next tensor of this shape is to be swept."""
         is_open = self._values.is_open(index) or self._groups.wants(index)
-        if is_open or (n_channels != VARIED and 1 < inner < _SHORT_RUN):
-            self._shapes[index] = None
-            return
-        self._shapes[index] = shape
-        self._layouts[index] = (math.prod(shape), *self._layout(index, n_channels, inner))
+        is_short = n_channels != VARIED and 1 < inner < _SHORT_RUN
+        known = None if is_open or is_short else shape
+        if self._shapes[index] != known:
+            self._shapes[index] = known
+            self._ready.clear()
+        if known is not None:
+            self._layouts[index] = (math.prod(shape), *self._layout(index, n_channels, inner))
 
     def _add_bits(self, index: int, bits: NDArray[np.uint32], n_channels: int, inner: int) -> None:
         """Count flat values of which ``inner`` side by side are of one channel."""

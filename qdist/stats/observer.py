@@ -7,7 +7,7 @@ the next ones read waits in a spool.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
@@ -20,6 +20,7 @@ from qdist.data.positions import Dims, MaskDims, kept_positions
 from qdist.data.source import Feeds
 from qdist.errors import DataError
 from qdist.memory import give_back
+from qdist.model.bound import Made
 from qdist.model.frugal import frugal_session
 from qdist.model.relay import Relay
 from qdist.model.segments import Segment
@@ -179,12 +180,12 @@ class Observer:
                 relay.start(batch, load())
             for number in relay.phases(batch, phase):
                 given = relay.take(batch, number, index)
-                inputs = {name: given[name] for name in rows if name in given}
-                self._count(accumulator, rows, inputs, given, names)
                 made: dict[str, NDArray[Any]] = {}
-                for part in runner.parts(given) if runner is not None else ():
-                    made.update((name, part[name]) for name in wanted if name in part)
-                    self._count(accumulator, rows, part, given, names)
+                for part in _all_of(rows, given, runner):
+                    made.update(_kept(part, wanted))
+                    self._count(accumulator, rows, part, given)
+                if spec.on_nan == "error" and accumulator.has_nan:
+                    self._raise_for_nan(accumulator, rows, _all_of(rows, given, runner), names)
                 relay.hand_on(batch, number, index, made)
             if phase is None or phase == 0:
                 accumulator.add_samples(len(names))
@@ -218,27 +219,56 @@ class Observer:
         self,
         accumulator: SideBySide,
         rows: Mapping[str, tuple[int, str]],
-        made: dict[str, NDArray[Any]],
+        made: Made,
         given: Feeds,
+    ) -> None:
+        """Add the tapped tensors among those made. Empties what is not fixed."""
+        padding = self._spec.padding
+        if padding is None and made.is_fixed and accumulator.add_again(made):
+            return
+        known = [name for name in made.arrays if name in rows]
+        arrays = [made.arrays[name] for name in known]
+        if not made.is_fixed:
+            made.arrays.clear()
+        if padding is None:
+            places = [rows[name][0] for name in known]
+            accumulator.add_all(places, arrays, made if made.is_fixed else None)
+            return
+        for name, found in zip(known, arrays, strict=True):
+            row, tensor = rows[name]
+            values = as_float32(found)
+            accumulator.add(row, values, padding.kept(given, tensor, values.shape))
+
+    @staticmethod
+    def _raise_for_nan(
+        accumulator: SideBySide,
+        rows: Mapping[str, tuple[int, str]],
+        again: Iterable[Made],
         names: tuple[str, ...],
     ) -> None:
-        """Add the tapped tensors among those made. Empties ``made``."""
-        padding = self._spec.padding
-        known = [name for name in made if name in rows]
-        places, arrays = [rows[name][0] for name in known], [made[name] for name in known]
-        made.clear()
-        if padding is None:
-            accumulator.add_all(places, arrays)
-        else:
-            for name, found in zip(known, arrays, strict=True):
-                row, tensor = rows[name]
-                values = as_float32(found)
-                accumulator.add(row, values, padding.kept(given, tensor, values.shape))
-        if self._spec.on_nan == "error" and accumulator.has_nan:
-            for name, found in zip(known, arrays, strict=True):
-                row, tensor = rows[name]
-                if accumulator.n_nan(row):
+        """Run the micro-batch ``again`` up to the first tensor of which NaNs were counted."""
+        for made in again:
+            for name, found in made.arrays.items():
+                row, tensor = rows.get(name, (-1, ""))
+                if row >= 0 and accumulator.n_nan(row):
                     raise _nan_error(tensor, as_float32(found), names, accumulator.n_nan(row))
+
+
+def _all_of(
+    rows: Mapping[str, tuple[int, str]], given: Feeds, runner: Runner | None
+) -> Iterator[Made]:
+    """What is measured of a micro-batch's inputs, then what the runner puts out."""
+    yield Made({name: given[name] for name in rows if name in given})
+    if runner is not None:
+        yield from runner.parts(given)
+
+
+def _kept(made: Made, wanted: Sequence[str]) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Those that are wanted later, as arrays that stay as they are."""
+    for name in wanted:
+        if name in made.arrays:
+            array = made.arrays[name]
+            yield name, array.copy() if made.is_fixed else array
 
 
 def _nan_error(

@@ -69,10 +69,19 @@ class SideBySide:
             self._settle([index], [array])
         self._parts[self._owner[index]].add(index, array, keep)
 
-    def add_all(self, indices: Sequence[int], arrays: Sequence[NDArray[Any]]) -> None:
+    def add_again(self, source: object) -> bool:
+        """As `Accumulator.add_again`; of several threads, none does."""
+        return self._others is None and self._parts[0].add_again(source)
+
+    def add_all(
+        self,
+        indices: Sequence[int],
+        arrays: Sequence[NDArray[Any]],
+        source: object | None = None,
+    ) -> None:
         """As `Accumulator.add_all`. Raises what that raises, once all threads are done."""
         if self._others is None:
-            self._parts[0].add_all(indices, arrays)
+            self._parts[0].add_all(indices, arrays, source)
             return
         self._settle(indices, arrays)
         shares: list[tuple[list[int], list[NDArray[Any]]]] = [([], []) for _ in self._parts]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,11 @@ from qdist.errors import DataError
 from qdist.model.graph import Graph
 from qdist.model.segments import Segment, cut_at, whole
 from qdist.model.session import measuring_session, run
+from qdist.model.stretches import Stretches
 from qdist.model.taps import find_taps
 from qdist.stats.observer import Batch, Observer, ObserverSpec, Padding
+from qdist.stats.record import CalibrationRecord
+from qdist.stats.spec import StatisticsSpec
 from tests.onnx_models import EXECUTION, Array, floats, frozen_from, model, normal, value
 
 Cut = Callable[[Graph, Any, Any], tuple[Segment, ...]]
@@ -164,6 +167,15 @@ def unrolled(graph: Graph, feeds: Sequence[Feeds], carry: Any) -> list[Feeds]:
     return found
 
 
+def assert_counts_are_alike(record: CalibrationRecord, expected: CalibrationRecord) -> None:
+    assert record.tensors == expected.tensors
+    for tensor in record.tensors:
+        found, wanted = record.histogram(tensor), expected.histogram(tensor)
+        assert np.array_equal(found.bins, wanted.bins)
+        assert np.array_equal(found.counts, wanted.counts)
+        assert (found.minimum, found.maximum) == (wanted.minimum, wanted.maximum)
+
+
 @pytest.mark.parametrize("carries_state", [False, True])
 @CUTS
 def test_phases_are_measured_as_if_all_inputs_had_been_given(
@@ -182,11 +194,40 @@ def test_phases_are_measured_as_if_all_inputs_had_been_given(
     assert len(full) == 6
     plain = Observer(spec_of(graph, in_one(graph, taps, shapes), taps))
     expected = plain.observe([batch(["a", "b"], one) for one in full])
-    for tensor in taps.tensors:
-        found, wanted = record.histogram(tensor), expected.histogram(tensor)
-        assert np.array_equal(found.bins, wanted.bins)
-        assert np.array_equal(found.counts, wanted.counts)
-        assert (found.minimum, found.maximum) == (wanted.minimum, wanted.maximum)
+    assert_counts_are_alike(record, expected)
+
+
+@pytest.mark.parametrize("stretch_bytes", [1, 1 << 20])
+def test_a_state_of_one_shape_stays_what_it_was_until_it_is_read(
+    stretch_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(Stretches.__init__.__kwdefaults__, "stretch_bytes", stretch_bytes)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"], "in"),
+        # The new state is made before the old one is read for the last time.
+        helper.make_node("Add", ["h", "state"], ["a"], "mix"),
+        helper.make_node("Tanh", ["a"], ["new_state"], "keep"),
+        helper.make_node("Sub", ["new_state", "state"], ["change"], "change"),
+    ]
+    ends = [value("x", ["b", WIDTH]), value("state", ["b", WIDTH])]
+    outputs = [value("change", None), value("new_state", None)]
+    proto = model(nodes, ends, outputs, {"w": normal(WIDTH, WIDTH)})
+    graph = Graph(frozen_from(proto, tmp_path / "m.onnx"))
+    taps = find_taps(graph)
+    shapes = {"x": (2, WIDTH), "state": (2, WIDTH)}
+    segments = in_one(graph, taps, shapes, ["new_state"])
+    spec = spec_of(graph, segments, taps, carry=(STATE,), statistics=StatisticsSpec(n_values=1))
+    feeds = [[{"x": normal(2, WIDTH, seed=10 * i + k)} for k in range(5)] for i in range(3)]
+    for first, *_ in feeds:
+        first["state"] = np.zeros((2, WIDTH), np.float32)
+    record = Observer(spec).observe([batch([str(i)] * 2, *f) for i, f in enumerate(feeds)])
+    full = [one for f in feeds for one in unrolled(graph, f, (STATE,))]
+    # One at a time, each in a session that has seen no other.
+    expected = reduce(
+        CalibrationRecord.merge,
+        (Observer(spec).observe([batch(["a", "b"], one)]) for one in full),
+    )
+    assert_counts_are_alike(record, expected)
 
 
 @given(

@@ -252,6 +252,68 @@ def test_tensors_counted_in_one_call_are_those_counted_one_by_one(
     assert together.record().digest == single.record().digest == threads.record().digest
 
 
+class Source:
+    """What stands for arrays that stay where they are."""
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(SHAPES), st.sampled_from(KINDS)), min_size=1, max_size=4),
+    st.lists(st.sampled_from(["again", "again", "other", "single", "reset"]), max_size=8),
+    st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+def test_what_comes_from_one_source_is_counted_as_what_comes_anew(
+    tensors: list[tuple[tuple[int, ...], str]], turns: list[str], seed: int
+) -> None:
+    names = [f"tensor{row}" for row in range(len(tensors))]
+    spec = StatisticsSpec(
+        n_largest=20, n_values=30, groups=(GroupRequest(match="tensor1", axis=-1, group_size=2),)
+    )
+    axes = dict.fromkeys(names, -1)
+    fixed = [tensor(shape, kind, seed + row, 1) for row, (shape, kind) in enumerate(tensors)]
+    source = Source()
+    again, anew = Accumulator(names, spec, axes), Accumulator(names, spec, axes)
+    for turn, what in enumerate(["again", *turns, "again", "again"]):
+        if what == "reset":
+            again.reset()
+            anew.reset()
+            continue
+        values = [tensor(a.shape, tensors[r][1], seed + turn + r, 1) for r, a in enumerate(fixed)]
+        if what == "again":
+            for held, new in zip(fixed, values, strict=True):
+                held[...] = new
+            if not again.add_again(source):
+                again.add_all(range(len(fixed)), fixed, source)
+        elif what == "other":
+            # Of another shape: what was known of the source does not hold any more.
+            values = [np.stack([new, new]) for new in values]
+            again.add_all(range(len(fixed)), values, Source())
+        else:
+            again.add(0, values[0])
+            values = values[:1]
+        for row, new in enumerate(values):
+            anew.add(row, new)
+        assert again.record().digest == anew.record().digest
+
+
+def test_a_source_is_known_while_its_tensors_keep_their_shapes() -> None:
+    fixed = [tensor((8, 64), "gauss", row, 1) for row in range(2)]
+    spec = StatisticsSpec(n_values=30)
+    counting, source = Accumulator(("a", "b"), spec, {"a": -1, "b": -1}), Source()
+    assert not counting.add_again(source)
+    # The second time, no tensor is counted by value any more.
+    for _ in range(2):
+        counting.add_all([0, 1], fixed, source)
+    assert counting.add_again(source)
+    counting.add(1, fixed[1][:4])
+    assert not counting.add_again(source)
+    counting.add_all([0, 1], fixed, source)
+    counting.add_all([0, 1], fixed, source)
+    assert counting.add_again(source)
+    counting.reset()
+    assert not counting.add_again(source)
+
+
 def test_threads_count_large_tensors_as_one_does() -> None:
     rng = np.random.default_rng(7)
     sizes = (3 * LEAST_ELEMENTS, 2 * LEAST_ELEMENTS, LEAST_ELEMENTS, 5)
