@@ -15,9 +15,9 @@ import onnx
 import onnx.shape_inference
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
-from qdist.model.constants import RANDOM, constants_to_initializers
+from qdist.model.constants import constants_to_initializers
 from qdist.model.graph import Graph, TensorType
-from qdist.model.rewrite import names_read
+from qdist.model.rewrite import RANDOM, names_read
 from qdist.model.shapes import session_types
 from qdist.model.views import Scope
 from qdist.model.weights import Weights

@@ -20,21 +20,10 @@ from onnx import ModelProto, NodeProto, SparseTensorProto, TensorProto, helper, 
 from qdist.model.elements import find_elements
 from qdist.model.half import widen_typed
 from qdist.model.precision import HALF, mentions
-from qdist.model.rewrite import names_read, set_nodes
+from qdist.model.rewrite import RANDOM, names_read, set_nodes
 from qdist.model.session import Execution, measuring_session, run
 from qdist.model.weights import n_bytes_of
 
-RANDOM = frozenset(
-    {
-        "RandomNormal",
-        "RandomNormalLike",
-        "RandomUniform",
-        "RandomUniformLike",
-        "Bernoulli",
-        "Multinomial",
-    }
-)
-"""Operators whose outputs are no constants, whatever they read."""
 _NOT_FOLDABLE = RANDOM | frozenset(
     {
         "QuantizeLinear",

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
 
-from qdist.model.constants import RANDOM
-from qdist.model.rewrite import names_read, subgraphs
+from qdist.model.rewrite import RANDOM, names_read, subgraphs
 from qdist.model.weights import n_bytes_of
 
 

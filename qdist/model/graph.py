@@ -11,9 +11,8 @@ import onnx.shape_inference
 from onnx import ModelProto, NodeProto, TensorProto
 
 from qdist.errors import ModelError
-from qdist.model.constants import RANDOM
 from qdist.model.freeze import FrozenModel
-from qdist.model.rewrite import names_read
+from qdist.model.rewrite import RANDOM, names_read
 from qdist.model.session import Execution
 from qdist.model.shapes import runtime_types, session_types
 

@@ -23,6 +23,18 @@ from onnx import (
 from qdist.errors import ModelError
 from qdist.model.weights import Weights
 
+RANDOM = frozenset(
+    {
+        "RandomNormal",
+        "RandomNormalLike",
+        "RandomUniform",
+        "RandomUniformLike",
+        "Bernoulli",
+        "Multinomial",
+    }
+)
+"""Operators whose outputs are no constants, whatever they read."""
+
 
 def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
     """The bodies of an ``If``, ``Loop`` or ``Scan``."""

@@ -20,6 +20,7 @@ from qdist.model.opset import raise_opset
 from qdist.model.precision import mentions, with_element
 from qdist.model.rewrite import opset_of
 from qdist.model.session import Execution, measuring_session
+from qdist.model.shape_values import compute_shapes
 from qdist.model.weights import Weights, n_bytes_of
 
 Dims = tuple[int | str | None, ...]
@@ -99,7 +100,10 @@ def concrete_shapes(
     # What the runtime tells may let inference go on behind it, and the other way round.
     for _ in range(_ROUNDS):
         lacking = [name for name in made if name not in types or not _is_concrete(types[name][1])]
-        if not lacking or not _ask(light, lacking, types, execution):
+        if not lacking:
+            break
+        news = compute_shapes(light, types, execution)
+        if not _ask(light, lacking, types, execution) and not news:
             break
         types = {**types, **_inferred(light)}
     for tensor in model.graph.initializer:

@@ -201,7 +201,8 @@ def test_phases_are_measured_as_if_all_inputs_had_been_given(
 def test_a_state_of_one_shape_stays_what_it_was_until_it_is_read(
     stretch_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(Stretches.__init__.__kwdefaults__, "stretch_bytes", stretch_bytes)
+    defaults = Stretches.__init__.__kwdefaults__ or {}
+    monkeypatch.setitem(defaults, "stretch_bytes", stretch_bytes)
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["h"], "in"),
         # The new state is made before the old one is read for the last time.

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import NodeProto, TensorProto, helper
 
 from qdist.model.session import run, scoring_session
 from qdist.model.shapes import SMALL_BYTES, concrete_shapes, runtime_types, weightless
@@ -65,6 +65,50 @@ def test_operators_that_onnx_does_not_know_are_asked_of_the_runtime() -> None:
     assert shapes.unknown == ()
     assert {shapes.dims[name] for name in "gmfy"} == {(2, 7, 64)}
     assert runtime_types(proto, ["f"])["f"][0] == TensorProto.FLOAT
+
+
+DIVIDED = [helper.make_node("Div", ["d", "two"], ["half"], "half")]
+SHIFTED = [
+    helper.make_node("Cast", ["d"], ["u"], "unsigned", to=TensorProto.UINT64),
+    helper.make_node("BitShift", ["u", "one_bit"], ["half"], "half", direction="RIGHT"),
+]
+
+
+@pytest.mark.parametrize("half", [DIVIDED, SHIFTED], ids=["divided", "shifted"])
+def test_shapes_that_are_computed_from_shapes_are_known(half: list[NodeProto]) -> None:
+    # As exporters write it: a last axis becomes pairs, by half the width of a head.
+    nodes = [
+        helper.make_node("Relu", ["x"], ["r"], "relu"),
+        helper.make_node("Shape", ["r"], ["s"], "shape"),
+        helper.make_node("Gather", ["s", "first"], ["b"], "batch"),
+        helper.make_node("Gather", ["s", "last"], ["d"], "width"),
+        *half,
+        helper.make_node("Cast", ["half"], ["h64"], "cast", to=TensorProto.INT64),
+        helper.make_node("Unsqueeze", ["b", "zero"], ["b1"], "b1"),
+        helper.make_node("Unsqueeze", ["h64", "zero"], ["h1"], "h1"),
+        helper.make_node("Concat", ["b1", "h1", "pair"], ["to"], "to", axis=0),
+        helper.make_node("Reshape", ["r", "to"], ["pairs"], "pairs"),
+        # What follows is known once the pairs are.
+        helper.make_node("Shape", ["pairs"], ["s2"], "shape2", start=1),
+        helper.make_node("Div", ["s2", "two"], ["s3"], "less"),
+        helper.make_node("Expand", ["one", "s3"], ["ones"], "ones"),
+    ]
+    constants: dict[str, Array] = {
+        "first": integers(0),
+        "last": integers(1),
+        "two": integers(2),
+        "one_bit": np.array(1, np.uint64),
+        "zero": integers([0]),
+        "pair": integers([2]),
+        "one": np.ones((), np.float32),
+    }
+    proto = model(nodes, [value("x", ["b", "d"])], [value("pairs", None)], constants)
+    before = proto.SerializeToString()
+    shapes = concrete_shapes(proto, {"x": (3, 8)}, None, EXECUTION)
+    assert shapes.dims["pairs"] == (3, 4, 2)
+    assert shapes.dims["ones"] == (2, 1)
+    assert shapes.unknown == ()
+    assert proto.SerializeToString() == before
 
 
 def test_what_depends_on_values_stays_unknown_and_is_named() -> None:
