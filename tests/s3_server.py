@@ -63,14 +63,16 @@ def s3_server(port: int | None = None) -> Iterator[S3Server]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        _make_bucket(process, f"http://127.0.0.1:{port}/{BUCKET}")
+        make_bucket(process, port)
         yield S3Server(process=process, port=port)
     finally:
         process.kill()
         process.wait(timeout=30)
 
 
-def _make_bucket(process: subprocess.Popen[bytes], url: str) -> None:
+def make_bucket(process: subprocess.Popen[bytes], port: int) -> None:
+    """Wait for the server, and make `BUCKET` there."""
+    url = f"http://127.0.0.1:{port}/{BUCKET}"
     end = time.monotonic() + 120
     while True:
         try:

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import helper
 
+from qdist.calibration import CalibrationSettings, calibrate_here, prepare
 from qdist.digest import digest_json
 from qdist.errors import StoreError
 from qdist.model.taps import TapPoint, TapTable
@@ -21,6 +23,7 @@ from qdist.store.portable import export_statistics, import_statistics
 from qdist.store.protocol import CalibrationStore
 from qdist.store.sweep import sweep
 from qdist.store.zarr_store import ZarrStore, create_store, open_store
+from tests.onnx_models import EXECUTION, frozen_from, model, samples_of, value
 from tests.records import (
     BATCHES,
     IDENTITY,
@@ -51,6 +54,22 @@ def code_of(action: Callable[[], Any]) -> str:
     with pytest.raises(StoreError) as caught:
         action()
     return caught.value.code
+
+
+def assert_a_calibration_goes_there(place: str, folder: Path) -> None:
+    """A calibration, done twice, of which nothing differs from one in a folder."""
+    node = helper.make_node("Relu", ["x"], ["y"], name="relu")
+    proto = model([node], [value("x", ["n", 3])], [value("y", ["n", 3])])
+    source = samples_of("x", 3, n=12)
+    settings = CalibrationSettings(micro_batch=2, shard_samples=4)
+    job = prepare(frozen_from(proto, folder / "model.onnx"), source, settings, EXECUTION)
+    local = calibrate_here(job, source, create_store(folder / "store", job.identity))
+    store = create_store(place, job.identity)
+    for _ in range(2):
+        assert_same(calibrate_here(job, source, store).record, local.record)
+        found = open_store(store.location)
+        assert_same(found.latest().record, local.record)
+        assert len(found.receipts()) == len(found.place.entries("records")) == 3
 
 
 class StoreContract(ABC):

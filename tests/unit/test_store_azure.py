@@ -8,17 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from onnx import helper
 
-from qdist.calibration import CalibrationSettings, calibrate_here, prepare
 from qdist.errors import StoreError
 from qdist.store.remote import RemotePlace
 from qdist.store.zarr_store import create_store, open_store
 from tests.azure_server import CONTAINER, NO_AZURITE, AzureServer, azure_server, azurite_blob
-from tests.onnx_models import EXECUTION, frozen_from, model, samples_of, value
 from tests.records import IDENTITY
 from tests.s3_server import free_port
-from tests.store_contract import StoreContract, assert_same, code_of
+from tests.store_contract import StoreContract, assert_a_calibration_goes_there, code_of
 
 pytestmark = pytest.mark.skipif(azurite_blob() is None, reason=NO_AZURITE)
 
@@ -49,18 +46,7 @@ class TestAzureStore(StoreContract):
 
 
 def test_a_calibration_goes_there_as_to_a_folder(reachable: AzureServer, tmp_path: Path) -> None:
-    node = helper.make_node("Relu", ["x"], ["y"], name="relu")
-    proto = model([node], [value("x", ["n", 3])], [value("y", ["n", 3])])
-    source = samples_of("x", 3, n=12)
-    settings = CalibrationSettings(micro_batch=2, shard_samples=4)
-    job = prepare(frozen_from(proto, tmp_path / "model.onnx"), source, settings, EXECUTION)
-    local = calibrate_here(job, source, create_store(tmp_path / "store", job.identity))
-    store = create_store(new_place(), job.identity)
-    for _ in range(2):
-        assert_same(calibrate_here(job, source, store).record, local.record)
-        found = open_store(store.location)
-        assert_same(found.latest().record, local.record)
-        assert len(found.receipts()) == len(found.place.entries("records")) == 3
+    assert_a_calibration_goes_there(new_place(), tmp_path)
 
 
 def test_a_server_that_refuses_connections_is_not_reached(
