@@ -61,7 +61,7 @@ class Bound:
 
     def __init__(self, turns: Sequence[Turn], forms: Sequence[Forms], most_bytes: int) -> None:
         """``forms``: of what each turn puts out. Raises `ValueError` where an output cannot be
-        bound, or more than ``most_bytes`` are needed."""
+        bound, or outputs take more than ``most_bytes``."""
         if not all(_can_bind(form) for made in forms for form in made.values()):
             raise ValueError("an output is empty, or not of plain numbers")
         places, n_bytes = places_of(turns, forms)
@@ -89,11 +89,12 @@ class Bound:
 
     def runs(self, feeds: Mapping[str, NDArray[Any]]) -> Iterator[Made]:
         """What each turn puts out for the caller, until the next one has its turn. Raises what ONNX
-        Runtime raises."""
+        Runtime raises. The feeds are kept until others take their place."""
         for session, binding, given, wanted in self._steps:
             for name in given:
                 if name in feeds:
-                    binding.bind_cpu_input(name, np.ascontiguousarray(feeds[name]))
+                    # Not `numpy.ascontiguousarray`, which gives a number an axis.
+                    binding.bind_cpu_input(name, np.asarray(feeds[name], order="C"))
             session.run_with_iobinding(binding, self._options)
             yield wanted
 

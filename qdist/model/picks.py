@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from qdist.model.rewrite import opset_of, set_nodes, tensor_names
-from qdist.model.shapes import Shapes
+from qdist.model.rewrite import names_read, opset_of, set_nodes, tensor_names
+from qdist.model.shapes import Shapes, inferred_types, weightless
 
 _MOST_PLACES = 4
 """An axis of more is no short one: all of it is moved for one place."""
@@ -22,29 +23,37 @@ _LEAST_ELEMENTS = 1 << 12
 """Fewer are picked sooner than another node begins."""
 
 
-def split_picks(model: ModelProto, shapes: Shapes) -> int:
+def split_picks(model: ModelProto, shapes: Shapes, folder: Path | None = None) -> int:
     """Let ``Split`` do what ``Gather`` does with one index on a short last axis of float32.
 
-    Mutates the model; no tensor changes its name or a bit. Returns how many were replaced.
+    ``shapes``: for some inputs, such as are to come. An axis whose size depends on them is left
+    alone. ``folder``: where external data lies. Mutates the model; no tensor changes its name or a
+    bit. Returns how many were replaced.
     """
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    picked: dict[str, list[tuple[NodeProto, int]]] = {}
+    found: list[tuple[NodeProto, int]] = []
     for node in model.graph.node:
         place = _place(node, weights, shapes)
         if place is not None:
-            picked.setdefault(node.input[0], []).append((node, place))
-    if not picked:
+            found.append((node, place))
+    if not found:
         return 0
+    always = inferred_types(weightless(model, folder))
+    picked: dict[str, list[tuple[NodeProto, int]]] = {}
+    for node, place in found:
+        dims = always.get(node.input[0], (0, None))[1]
+        if dims and isinstance(dims[-1], int):
+            picked.setdefault(node.input[0], []).append((node, place))
     names = _new_names(model)
-    gone = {node.output[0] for found in picked.values() for node, _ in found}
+    gone = {node.output[0] for same in picked.values() for node, _ in same}
     nodes: list[NodeProto] = []
     for node in model.graph.node:
         if not gone.intersection(node.output):
             nodes.append(node)
         elif node.input[0] in picked:
             # The first of them; the others' outputs come a little sooner than they did.
-            found = picked.pop(node.input[0])
-            nodes += _split(model, found, _dims(shapes, node.input[0]), names)
+            same = picked.pop(node.input[0])
+            nodes += _split(model, same, _dims(shapes, node.input[0]), names)
     set_nodes(model, nodes)
     return len(gone)
 
@@ -72,7 +81,9 @@ def _place(node: NodeProto, weights: Mapping[str, TensorProto], shapes: Shapes) 
         or index.data_location == TensorProto.EXTERNAL
     ):
         return None
-    return int(numpy_helper.to_array(index)) % dims[-1]
+    place = int(numpy_helper.to_array(index))
+    # What is out of bounds is for ONNX Runtime to refuse.
+    return place % dims[-1] if -dims[-1] <= place < dims[-1] else None
 
 
 def _split(
@@ -99,8 +110,9 @@ def _split(
 
 
 def _new_names(model: ModelProto) -> Iterator[str]:
-    """Names of tensors and nodes that the graph does not have."""
+    """Names of tensors and nodes that neither the graph nor a body has."""
     taken = tensor_names(model) | {node.name for node in model.graph.node}
+    taken.update(name for node in model.graph.node for name in names_read(node))
     n = 0
     while True:
         name = f"picked_{n}"

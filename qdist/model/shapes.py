@@ -20,11 +20,8 @@ from qdist.model.opset import raise_opset
 from qdist.model.precision import mentions, with_element
 from qdist.model.rewrite import opset_of
 from qdist.model.session import Execution, measuring_session
-from qdist.model.shape_values import compute_shapes
+from qdist.model.shape_values import Dims, compute_shapes
 from qdist.model.weights import Weights, n_bytes_of
-
-Dims = tuple[int | str | None, ...]
-"""Dimensions: a number, a symbol, or None where nothing is known."""
 
 SMALL_BYTES = 4096
 """Initializers up to this size may hold shapes; they stay constants in a weightless graph."""
@@ -96,16 +93,18 @@ def concrete_shapes(
     light = _propagating(weightless(model, folder))
     _fix_inputs(light, inputs)
     made = [name for node in light.graph.node for name in node.output if name]
-    types = _inferred(light)
+    types = inferred_types(light)
     # What the runtime tells may let inference go on behind it, and the other way round.
+    replaced: dict[str, tuple[int, Dims]] = {}
     for _ in range(_ROUNDS):
         lacking = [name for name in made if name not in types or not _is_concrete(types[name][1])]
         if not lacking:
             break
-        news = compute_shapes(light, types, execution)
-        if not _ask(light, lacking, types, execution) and not news:
+        computed = compute_shapes(light, types, execution)
+        if not computed and not _ask(light, lacking, types, execution):
             break
-        types = {**types, **_inferred(light)}
+        replaced.update(computed)
+        types = {**types, **inferred_types(light), **replaced}
     for tensor in model.graph.initializer:
         types[tensor.name] = (tensor.data_type, tuple(tensor.dims))
     dims = {
@@ -189,7 +188,7 @@ def _runtime_element(kind: str, *, swapped: bool) -> int:
 
 
 _FLOAT16, _BFLOAT16 = TensorProto.FLOAT16, TensorProto.BFLOAT16
-_ROUNDS = 4
+_ROUNDS = 6
 """How often shape inference and the runtime take turns. Each turn passes one kind of operator."""
 
 
@@ -229,7 +228,8 @@ def _fix_inputs(model: ModelProto, inputs: Mapping[str, Iterable[int]]) -> None:
             value.type.tensor_type.ClearField("shape")
 
 
-def _inferred(model: ModelProto) -> dict[str, tuple[int, Dims | None]]:
+def inferred_types(model: ModelProto) -> dict[str, tuple[int, Dims | None]]:
+    """Element types and dimensions that ONNX infers, by tensor, for the inputs as declared."""
     inferred = onnx.shape_inference.infer_shapes(
         model, check_type=False, strict_mode=False, data_prop=True
     ).graph

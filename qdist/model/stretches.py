@@ -15,6 +15,7 @@ cores of 1 MiB, before memory was bound: 2.62, 2.73 and 2.72 s; 0.36, 0.38 and 0
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
@@ -22,6 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
@@ -54,10 +56,10 @@ _REPEATED_BYTES = 16 << 20
 """Weights inside the graph that may be held once more because several stretches read them."""
 
 _BOUND_BYTES = 64 << 20
-"""Outputs beyond which memory is not bound: it would be held beside what runs of other shapes
-take, and what it saves is little beside such outputs."""
+"""Feeds and outputs beyond which memory is not bound: it would be held beside what other runs take,
+and what it saves is little beside so many."""
 
-_Key = tuple[tuple[str, tuple[int, ...], Any], ...]
+_Key = tuple[tuple[str, tuple[int, ...], np.dtype[Any]], ...]
 """Names, shapes and element types of feeds."""
 
 
@@ -113,7 +115,7 @@ class Stretches:
         self._stretch_bytes = stretch_bytes
         self._stretches: tuple[Turn, ...] = ()
         self._reads: frozenset[str] = frozenset()
-        self._can_bind = execution.provider == "CPUExecutionProvider"
+        self._may_bind = execution.provider == "CPUExecutionProvider"
         self._bound: Bound | None = None
         self._bound_for: _Key = ()
         self._seen: tuple[_Key, list[Forms]] | None = None
@@ -138,7 +140,7 @@ class Stretches:
                 made = next(runs)
             except BINDING_ERRORS:
                 # A shape that depends on values. Whatever else it is comes again.
-                self._can_bind, self._bound = False, None
+                self._may_bind, self._bound = False, None
                 sent = [name for one in self._stretches[:done] for name in one.sends]
                 feeds = {**feeds, **{name: bound.array(name) for name in sent}}
                 yield from self._unbound(feeds, key, done)
@@ -149,12 +151,13 @@ class Stretches:
         """Memory for feeds of these shapes, where those before had them too."""
         if self._bound is not None and self._bound_for == key:
             return self._bound
-        if not self._can_bind or self._seen is None or self._seen[0] != key:
+        if not self._may_bind or self._seen is None or self._seen[0] != key:
             return None
         forms, self._seen = self._seen[1], None
         self._bound, self._bound_for = None, key
+        given_bytes = sum(math.prod(shape) * dtype.itemsize for _, shape, dtype in key)
         with suppress(ValueError):
-            self._bound = Bound(self._stretches, forms, _BOUND_BYTES)
+            self._bound = Bound(self._stretches, forms, _BOUND_BYTES - given_bytes)
         return self._bound
 
     def _unbound(
@@ -186,7 +189,7 @@ class Stretches:
         remove_dead(model)
         shapes = self._shapes(model, feeds)
         if shapes is not None:
-            split_picks(model, shapes)
+            split_picks(model, shapes, self._data_folder)
         flow = Flow(model)
         cuts = [] if shapes is None else _cuts(flow, shapes, self._stretch_bytes)
         elements = {} if shapes is None else shapes.elements

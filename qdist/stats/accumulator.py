@@ -37,6 +37,7 @@ _ALL = np.zeros(0, np.bool_)
 _NO_KEYS = np.zeros(0, np.int32)
 
 _Ready = tuple[NDArray[np.int64], NDArray[np.int64], list[tuple[int, NDArray[Any]]]]
+"""Arguments of `Accumulator._add_like`."""
 
 
 class Accumulator:
@@ -289,6 +290,9 @@ class Accumulator:
         if known == n:
             return n
         self._sizes[index] = n = n if known == UNSEEN else VARIED
+        # Tensors of the shape that was seen last have other lanes now.
+        self._shapes[index] = None
+        self._ready.clear()
         self._lanes.make(index, n * -(-_FEW_LANES // n) if n > 0 else 0)
         return n
 

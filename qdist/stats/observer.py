@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from qdist.data.positions import Dims, MaskDims, kept_positions
 from qdist.data.source import Feeds
-from qdist.errors import DataError
+from qdist.errors import DataError, ModelError
 from qdist.memory import give_back
 from qdist.model.bound import Made
 from qdist.model.frugal import frugal_session
@@ -181,11 +181,15 @@ class Observer:
             for number in relay.phases(batch, phase):
                 given = relay.take(batch, number, index)
                 made: dict[str, NDArray[Any]] = {}
-                for part in _all_of(rows, given, runner):
-                    made.update(_kept(part, wanted))
-                    self._count(accumulator, rows, part, given)
-                if spec.on_nan == "error" and accumulator.has_nan:
-                    self._raise_for_nan(accumulator, rows, _all_of(rows, given, runner), names)
+                try:
+                    for part in _all_of(rows, given, runner):
+                        made.update(_kept(part, wanted))
+                        self._count(accumulator, rows, part, given)
+                except ModelError:
+                    # It may be a NaN that the model fails of.
+                    self._refuse_nan(accumulator, rows, _all_of(rows, given, runner), names)
+                    raise
+                self._refuse_nan(accumulator, rows, _all_of(rows, given, runner), names)
                 relay.hand_on(batch, number, index, made)
             if phase is None or phase == 0:
                 accumulator.add_samples(len(names))
@@ -239,14 +243,17 @@ class Observer:
             values = as_float32(found)
             accumulator.add(row, values, padding.kept(given, tensor, values.shape))
 
-    @staticmethod
-    def _raise_for_nan(
+    def _refuse_nan(
+        self,
         accumulator: SideBySide,
         rows: Mapping[str, tuple[int, str]],
         again: Iterable[Made],
         names: tuple[str, ...],
     ) -> None:
-        """Run the micro-batch ``again`` up to the first tensor of which NaNs were counted."""
+        """Raise QD309 where a NaN was counted and must not be: after the micro-batch has run
+        ``again``, up to the first tensor that holds one."""
+        if self._spec.on_nan != "error" or not accumulator.has_nan:
+            return
         for made in again:
             for name, found in made.arrays.items():
                 row, tensor = rows.get(name, (-1, ""))

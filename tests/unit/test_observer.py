@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper
 
 from qdist.data.source import Feeds
-from qdist.errors import DataError
+from qdist.errors import DataError, ModelError
 from qdist.model.graph import Graph
 from qdist.model.segments import Segment, cut_at, whole
 from qdist.model.session import measuring_session, run
@@ -88,6 +88,31 @@ def test_a_nan_is_an_error_that_names_the_tensor_and_the_very_samples(
     record = Observer(replace(spec, on_nan="report")).observe(batches)
     assert record.histogram("root").n_nan == 4
     assert record.n_samples == 8
+
+
+@pytest.mark.parametrize("bad", [np.nan, -1.0])
+def test_a_nan_that_the_model_fails_of_is_named_and_not_what_it_did(
+    bad: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(Stretches.__init__.__kwdefaults__ or {}, "stretch_bytes", 1)
+    nodes = [
+        helper.make_node("Log", ["x"], ["l"], "log"),
+        helper.make_node("Abs", ["l"], ["a"], "abs"),
+        helper.make_node("Cast", ["a"], ["i"], "cast", to=TensorProto.INT64),
+        helper.make_node("Gather", ["table", "i"], ["y"], "gather"),
+    ]
+    proto = model(nodes, [value("x", ["b"])], [value("y", None)], {"table": normal(4)})
+    graph = Graph(frozen_from(proto, tmp_path / "m.onnx"))
+    taps = find_taps(graph)
+    spec = spec_of(graph, in_one(graph, taps, {"x": (2,)}), taps)
+    good = {"x": np.ones(2, np.float32)}
+    batches = [batch(["a", "b"], good)] * 3
+    with pytest.raises(DataError, match="QD309") as info:
+        Observer(spec).observe([*batches, batch(["c", "d"], {"x": np.array([1, bad], np.float32)})])
+    assert info.value.where == f"tensor {'x' if np.isnan(bad) else 'l'}, sample d"
+    # Where it is no NaN, it is the model's error.
+    with pytest.raises(ModelError, match="QD205"):
+        Observer(spec).observe([*batches, batch(["c"], {"x": np.array([1e9], np.float32)})])
 
 
 def test_where_a_tensor_has_no_batch_axis_all_samples_of_its_run_are_named(tmp_path: Path) -> None:

@@ -111,6 +111,45 @@ def test_shapes_that_are_computed_from_shapes_are_known(half: list[NodeProto]) -
     assert proto.SerializeToString() == before
 
 
+def test_outputs_that_are_computed_from_shapes_keep_their_own() -> None:
+    nodes = [
+        helper.make_node("Shape", ["x"], ["s"], "shape"),
+        helper.make_node("Div", ["s", "two"], ["half"], "half"),
+        helper.make_node("Concat", ["half", "one"], ["to"], "to", axis=0),
+        helper.make_node("Reshape", ["x", "to"], ["y"], "y"),
+        helper.make_node("Slice", ["y", "zero", "one"], ["first"], "first"),
+    ]
+    constants = {"two": integers(2), "one": integers([4]), "zero": integers([0])}
+    outputs = [value(n, None, TensorProto.INT64) for n in ("s", "to")]
+    proto = model(nodes, [value("x", ["b", "d"])], [*outputs, value("first", None)], constants)
+    shapes = concrete_shapes(proto, {"x": (4, 8)}, None, EXECUTION)
+    assert {n: shapes.dims[n] for n in ("s", "half", "to", "y")} == {
+        "s": (2,),
+        "half": (2,),
+        "to": (3,),
+        "y": (2, 4, 4),
+    }
+    assert shapes.unknown == ()
+
+
+def test_what_the_runtime_refuses_to_compute_stays_unknown(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    nodes = [
+        helper.make_node("Shape", ["x"], ["s"], "shape"),
+        helper.make_node("Sub", ["s", "s"], ["none"], "none"),
+        helper.make_node("Div", ["s", "none"], ["to"], "to"),
+        helper.make_node("Reshape", ["x", "to"], ["y"], "y"),
+        helper.make_node("Relu", ["x"], ["r"], "relu"),
+    ]
+    outputs = [value("y", None), value("r", None)]
+    proto = model(nodes, [value("x", ["b", "d"])], outputs, {})
+    shapes = concrete_shapes(proto, {"x": (3, 8)}, None, EXECUTION)
+    assert shapes.unknown == ("y",)
+    assert shapes.dims["r"] == (3, 8)
+    assert capfd.readouterr().err == ""
+
+
 def test_what_depends_on_values_stays_unknown_and_is_named() -> None:
     nodes = [
         helper.make_node("NonZero", ["x"], ["n"], "nonzero"),

@@ -314,6 +314,22 @@ def test_a_source_is_known_while_its_tensors_keep_their_shapes() -> None:
     assert not counting.add_again(source)
 
 
+def test_channels_that_end_where_elements_were_left_out_end_for_all() -> None:
+    spec, axes = StatisticsSpec(n_values=30), {"a": -1}
+    together, single = Accumulator(("a",), spec, axes), Accumulator(("a",), spec, axes)
+    wide, narrow = tensor((8, 64), "gauss", 1, 1), tensor((8, 32), "gauss", 2, 1)
+    source = Source()
+    for _ in range(2):
+        together.add_all([0], [wide], source)
+        single.add(0, wide)
+    for counting in (together, single):
+        counting.add(0, narrow, np.arange(8)[:, None] < 4)
+    assert not together.add_again(source)
+    together.add_all([0], [wide], source)
+    single.add(0, wide)
+    assert together.record().digest == single.record().digest
+
+
 def test_threads_count_large_tensors_as_one_does() -> None:
     rng = np.random.default_rng(7)
     sizes = (3 * LEAST_ELEMENTS, 2 * LEAST_ELEMENTS, LEAST_ELEMENTS, 5)

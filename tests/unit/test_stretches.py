@@ -122,7 +122,8 @@ def test_outputs_that_are_large_or_empty_are_not_bound(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, outputs = graph_bytes(tmp_path)
-    for rows, most in ((4, 2 * ROW_BYTES), (0, 1 << 20)):
+    # Feeds count too.
+    for rows, most in ((4, 2 * ROW_BYTES), (400, 400 * ROW_BYTES), (0, 1 << 20)):
         monkeypatch.setattr(stretches, "_BOUND_BYTES", most)
         runner = Stretches(data, outputs, None, EXECUTION, stretch_bytes=1)
         for _ in range(3):
@@ -152,6 +153,32 @@ def test_a_shape_that_depends_on_values_ends_the_binding_and_nothing_else(
         assert found == {n: a.tobytes() for n, a in zip(outputs, expected, strict=True)}
     assert len(runner) > 1
     assert capfd.readouterr().err == ""
+
+
+def test_a_number_that_is_fed_stays_a_number() -> None:
+    nodes = [
+        helper.make_node("Gather", ["t", "k"], ["g"], "gather"),
+        helper.make_node("Shape", ["g"], ["s"], "shape"),
+        helper.make_node("Size", ["s"], ["rank"], "size"),
+        helper.make_node("Cast", ["rank"], ["r"], "cast", to=TensorProto.FLOAT),
+        helper.make_node("Add", ["t", "r"], ["y"], "add"),
+    ]
+    ends = [value("t", ["n"]), value("k", [], TensorProto.INT64)], [value("y", ["n"])]
+    data = model(nodes, *ends, {}).SerializeToString()
+    runner = Stretches(data, ["y"], None, EXECUTION)
+    t = normal(3)
+    for _ in range(3):
+        assert all_of(runner, {"t": t, "k": np.array(1)}) == {"y": t.tobytes()}
+
+
+def test_feeds_that_lie_otherwise_in_memory_are_taken_as_they_are(tmp_path: Path) -> None:
+    data, outputs = graph_bytes(tmp_path)
+    runner = Stretches(data, outputs, None, EXECUTION, stretch_bytes=1)
+    x = normal(WIDTH, WIDTH)
+    plain, turned = {"x": np.ascontiguousarray(x.T)}, {"x": x.T}
+    expected = all_of(runner, plain)
+    for _ in range(3):
+        assert all_of(runner, turned) == expected
 
 
 def test_a_failing_run_on_bound_memory_is_an_error_of_the_model() -> None:
