@@ -19,6 +19,7 @@ from qdist.data.source import DataSource
 from qdist.errors import DataError, ModelError
 from qdist.model.freeze import FrozenModel
 from qdist.model.graph import Graph
+from qdist.model.masks import sentinel_paths
 from qdist.model.segments import unknown_sizes
 from qdist.model.session import Execution, fingerprint
 from qdist.model.taps import TapTable, find_taps
@@ -134,6 +135,7 @@ def prepare(
         execution=execution,
         shapes=_largest(grid, source, inputs, decoder) if settings.memory_budget_bytes else (),
         decoder=decoder,
+        masked=sentinel_paths(graph),
     )
     observer = measuring.observer(taps)
     n_samples = sum(len(batch) for batch in grid)

@@ -30,7 +30,7 @@ class Measuring:
     """What observers of one job have in common, whatever they tap.
 
     ``shapes``: the inputs of the largest micro-batch, one mapping for each phase. ``axes``: of
-    channels, where they are to be others than `channel_axes` says.
+    channels, where they are to be others than `channel_axes` says. ``masked``: of `sentinel_paths`.
     """
 
     graph: Graph
@@ -39,6 +39,7 @@ class Measuring:
     shapes: tuple[Shapes, ...]
     decoder: Decoder | None = None
     axes: Mapping[str, int] = field(default_factory=dict)
+    masked: Mapping[str, str] = field(default_factory=dict)
 
     def observer(self, taps: TapTable) -> ObserverSpec:
         """What measures ``taps``. Raises QD211 where the memory budget is too small."""

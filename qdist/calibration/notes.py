@@ -5,7 +5,6 @@ from __future__ import annotations
 from qdist.calibration.job import CalibrationJob
 from qdist.errors import DataError
 from qdist.model.experts import expert_notes
-from qdist.model.masks import sentinel_paths
 from qdist.stats.record import CalibrationRecord
 from qdist.threshold.sentinel import split_sentinels
 
@@ -26,8 +25,7 @@ def refuse_nan(record: CalibrationRecord) -> None:
 
 def record_notes(job: CalibrationJob, record: CalibrationRecord) -> list[str]:
     """What the record shows: NaNs, infinities and masks by tensor, tokens by expert."""
-    graph = job.measuring.graph
-    masked = sentinel_paths(graph)
+    graph, masked = job.measuring.graph, job.measuring.masked
     notes = []
     for tensor, n_nan, n_infinite in zip(record.tensors, *record.specials, strict=True):
         if n_nan:

@@ -16,6 +16,7 @@ from qdist.calibration.merge import merge_name_of
 from qdist.errors import StoreError
 from qdist.model.freeze import FrozenModel
 from qdist.model.graph import Graph
+from qdist.model.masks import sentinel_paths
 from qdist.model.smoothed import changed_tensors
 from qdist.model.smoothing import Smoothing
 from qdist.model.taps import TapTable
@@ -53,7 +54,7 @@ def smoothed_rows(graph: Graph, taps: TapTable, smoothing: Smoothing) -> tuple[s
 def smoothed_job(job: CalibrationJob, smoothed: Graph, rows: tuple[str, ...]) -> CalibrationJob:
     """What measures ``rows`` of the smoothed model on all samples of ``job``."""
     taps = only(job.taps, rows)
-    measuring = replace(job.measuring, graph=smoothed)
+    measuring = replace(job.measuring, graph=smoothed, masked=sentinel_paths(smoothed))
     return replace(
         job,
         identity=replace(job.identity, model_digest=smoothed.model.digest),

@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto, TensorProto, helper
 
 from qdist.errors import ModelError
 from qdist.model.bound import BINDING_ERRORS, Bound, Forms, Made, Turn
@@ -116,6 +116,7 @@ class Stretches:
         self._stretches: tuple[Turn, ...] = ()
         self._reads: frozenset[str] = frozenset()
         self._may_bind = execution.provider == "CPUExecutionProvider"
+        self._is_inferred = False
         self._bound: Bound | None = None
         self._bound_for: _Key = ()
         self._seen: tuple[_Key, list[Forms]] | None = None
@@ -127,9 +128,11 @@ class Stretches:
     def parts(self, feeds: Mapping[str, NDArray[Any]]) -> Iterator[Made]:
         """Stretch by stretch."""
         if not self._stretches:
-            self._stretches = self._divided(feeds)
+            self._stretches, forms = self._divided(feeds)
             self._reads = frozenset(name for one in self._stretches for name in one.reads)
-        key = tuple((name, a.shape, a.dtype) for name, a in feeds.items() if name in self._reads)
+            self._is_inferred = forms is not None
+            self._seen = None if forms is None else (self._key(feeds), forms)
+        key = self._key(feeds)
         bound = self._bound_to(key)
         if bound is None:
             yield from self._unbound(feeds, key)
@@ -139,16 +142,21 @@ class Stretches:
             try:
                 made = next(runs)
             except BINDING_ERRORS:
-                # A shape that depends on values. Whatever else it is comes again.
-                self._may_bind, self._bound = False, None
+                # A shape that depends on values, or is another than was inferred. Whatever else it
+                # is comes again.
+                self._bound, self._bound_for = None, ()
+                self._may_bind, self._is_inferred = self._is_inferred, False
                 sent = [name for one in self._stretches[:done] for name in one.sends]
                 feeds = {**feeds, **{name: bound.array(name) for name in sent}}
                 yield from self._unbound(feeds, key, done)
                 return
             yield made
 
+    def _key(self, feeds: Mapping[str, NDArray[Any]]) -> _Key:
+        return tuple((name, a.shape, a.dtype) for name, a in feeds.items() if name in self._reads)
+
     def _bound_to(self, key: _Key) -> Bound | None:
-        """Memory for feeds of these shapes, where those before had them too."""
+        """Memory for feeds of these shapes, where it is known what is put out for them."""
         if self._bound is not None and self._bound_for == key:
             return self._bound
         if not self._may_bind or self._seen is None or self._seen[0] != key:
@@ -179,9 +187,12 @@ class Stretches:
             del reads, found, made
             yield Made(wanted)
         if first == 0 and key != self._bound_for:
-            self._seen = key, forms
+            self._seen, self._is_inferred = (key, forms), False
 
-    def _divided(self, feeds: Mapping[str, NDArray[Any]]) -> tuple[Turn, ...]:
+    def _divided(
+        self, feeds: Mapping[str, NDArray[Any]]
+    ) -> tuple[tuple[Turn, ...], list[Forms] | None]:
+        """The stretches, and what they put out for such feeds, where that is known."""
         model = ModelProto.FromString(self._graph_bytes)
         kept = [value for value in model.graph.output if value.name in set(self._outputs)]
         del model.graph.output[:]
@@ -194,7 +205,8 @@ class Stretches:
         cuts = [] if shapes is None else _cuts(flow, shapes, self._stretch_bytes)
         elements = {} if shapes is None else shapes.elements
         ends = [0, *cuts, len(flow.steps)]
-        return tuple(self._stretch(flow, a, b, elements) for a, b in pairwise(ends))
+        turns = tuple(self._stretch(flow, a, b, elements) for a, b in pairwise(ends))
+        return turns, None if shapes is None else _forms(turns, shapes)
 
     def _shapes(self, model: ModelProto, feeds: Mapping[str, NDArray[Any]]) -> Shapes | None:
         """None where the graph stays whole."""
@@ -224,6 +236,21 @@ class Stretches:
             sends=part.sends,
             last=tuple(name for name in reads if flow.last_reader[name] < stop),
         )
+
+
+def _forms(turns: Sequence[Turn], shapes: Shapes) -> list[Forms] | None:
+    """What the stretches put out for the inputs that the shapes are of; None where not all is
+    known."""
+    known = shapes.dims.keys() & shapes.elements.keys()
+    if not all(known.issuperset(turn.outputs) for turn in turns):
+        return None
+    return [
+        {
+            name: (shapes.dims[name], helper.tensor_dtype_to_np_dtype(shapes.elements[name]))
+            for name in turn.outputs
+        }
+        for turn in turns
+    ]
 
 
 def _cuts(flow: Flow, shapes: Shapes, stretch_bytes: int) -> list[int]:

@@ -281,11 +281,16 @@ class CalibrationRecord:
             grouped=columns.grouped,
         )
 
-    def known_as(self, digest: str) -> Self:
-        """This record, of which the digest is known: read from bytes that a checksum vouches for.
-        Computing it takes as long as reading does."""
-        vars(self)["digest"] = digest
+    def known_as(self, digest: str, encoded: Mapping[str, bytes]) -> Self:
+        """This record, of which the digest is known and how a store encodes it: read from bytes
+        that a checksum vouches for. Finding these out takes longer than reading does."""
+        vars(self).update(digest=digest, encoded=encoded)
         return self
+
+    @cached_property
+    def encoded(self) -> Mapping[str, bytes]:
+        """The arrays as the store has them that this was read from; empty for any other record."""
+        return {}
 
     @cached_property
     def digest(self) -> str:

@@ -51,16 +51,18 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Container:
     """``arrays``: numeric arrays by name. ``attributes``: the group's, small. ``documents``: JSON
-    values by name, of any size."""
+    values by name, of any size. ``encoded``: members of the object that hold further arrays."""
 
     arrays: Mapping[str, NDArray[Any]]
     attributes: Mapping[str, Any]
     documents: Mapping[str, Any] = field(default_factory=dict)
+    encoded: Mapping[str, bytes] = field(default_factory=dict)
 
     def pack(self) -> bytes:
         """The bytes of the object."""
         about = {"attributes": self.attributes, "zarr_format": 3, "node_type": "group"}
         members = {"zarr.json": json.dumps(about, indent=2, allow_nan=False).encode()}
+        members.update(self.encoded)
         for name, values in self.arrays.items():
             members.update(chunks.encoded(name, values, CHUNK_ITEMS))
         packed = io.BytesIO()
@@ -75,7 +77,8 @@ class Container:
 
     @classmethod
     def unpack(cls, data: bytes) -> Container:
-        """From `pack`. Raises one of `UNREADABLE`."""
+        """From `pack`, with each array both as an array and as it is encoded. Raises one of
+        `UNREADABLE`."""
         members: dict[str, bytes] = {}
         documents = {}
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -97,6 +100,7 @@ class Container:
             },
             attributes=dict(group["attributes"]),
             documents=documents,
+            encoded={key: content for key, content in members.items() if "/" in key},
         )
 
 

@@ -21,8 +21,12 @@ def pack_record(record: CalibrationRecord, documents: Mapping[str, Any] | None =
         "n_samples": record.n_samples,
         "record_digest": record.digest,
     }
+    encoded = record.encoded
     return Container(
-        arrays=record.arrays(), attributes={"qdist": own}, documents=documents or {}
+        arrays={} if encoded else record.arrays(),
+        attributes={"qdist": own},
+        documents=documents or {},
+        encoded=encoded,
     ).pack()
 
 

@@ -150,7 +150,7 @@ class ZarrStore:
         if (digest, record.n_samples) != (receipt.record_digest, receipt.n_samples):
             raise failures.damaged(where, "another record than the receipt says")
         if tensors is None or tuple(tensors) == record.tensors:
-            return record.known_as(digest)
+            return record.known_as(digest, container.encoded)
         return record.select(tensors)
 
     def discard(self, receipt: ShardReceipt) -> None:

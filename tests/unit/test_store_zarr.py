@@ -32,6 +32,7 @@ from qdist.store.layout import sealed, unsealed
 from qdist.store.local import LocalPlace
 from qdist.store.location import full_location, is_url
 from qdist.store.receipt import ShardReceipt
+from qdist.store.records import pack_record
 from qdist.store.sweep import sweep
 from qdist.store.zarr_store import ZarrStore, create_store, open_store
 from tests.records import BATCHES, IDENTITY, TAPS, receipt_of, record_of
@@ -677,3 +678,19 @@ def test_a_folder_that_goes_while_it_is_made_is_gone(
     with pytest.raises(StoreError, match="File exists") as caught:
         place.put("file/three", b"3")
     assert caught.value.code == "QD404"
+
+
+def test_a_record_that_was_read_is_packed_into_the_bytes_of_one_that_was_made(
+    tmp_path: Path,
+) -> None:
+    store, record = create_store(str(tmp_path / "store"), IDENTITY), record_of(1)
+    receipt = receipt_of(record, BATCHES[0])
+    store.commit(receipt, record)
+    read = store.read(receipt)
+    assert read.encoded
+    assert not record.encoded
+    assert pack_record(read) == pack_record(record)
+    # Of some of its rows nothing is known.
+    part = read.select(read.tensors[:1])
+    assert not part.encoded
+    assert pack_record(part) == pack_record(record.select(record.tensors[:1]))

@@ -19,6 +19,7 @@ from qdist.model.bound import Turn
 from qdist.model.graph import Graph
 from qdist.model.segments import whole
 from qdist.model.session import measuring_session, run
+from qdist.model.shapes import Shapes, concrete_shapes
 from qdist.model.stretches import Stretches, Undivided
 from qdist.model.taps import find_taps
 from tests.onnx_models import EXECUTION, Array, frozen_from, model, normal, value
@@ -69,7 +70,11 @@ def test_few_bytes_are_one_stretch(tmp_path: Path) -> None:
     assert sorted(part.arrays) == sorted(outputs)
 
 
-def test_nothing_is_kept_alive_that_nobody_reads_any_more(tmp_path: Path) -> None:
+def test_nothing_is_kept_alive_that_nobody_reads_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Memory that is bound stays.
+    monkeypatch.setattr(stretches, "_BOUND_BYTES", 0)
     data, outputs = graph_bytes(tmp_path)
     runner = Stretches(data, outputs, None, EXECUTION, stretch_bytes=1)
     alive: dict[str, weakref.ref[object]] = {}
@@ -95,7 +100,8 @@ def test_feeds_shaped_like_those_before_run_on_memory_that_stays(tmp_path: Path)
     data, outputs = graph_bytes(tmp_path)
     runner = Stretches(data, outputs, None, EXECUTION, stretch_bytes=1)
     one = measuring_session(data, None, EXECUTION)
-    # The stretches are made for the first; the second one shows their shapes again.
+    # Of the first feeds, shapes are inferred; others show theirs when they run.
+    assert all(part.is_fixed for part in runner.parts({"x": normal(7, WIDTH)}))
     assert not any(part.is_fixed for part in runner.parts({"x": normal(4, WIDTH)}))
     parts = list(runner.parts({"x": normal(4, WIDTH)}))
     assert len(parts) == len(runner)
@@ -179,6 +185,29 @@ def test_feeds_that_lie_otherwise_in_memory_are_taken_as_they_are(tmp_path: Path
     expected = all_of(runner, plain)
     for _ in range(3):
         assert all_of(runner, turned) == expected
+
+
+def test_what_was_inferred_wrongly_is_seen_when_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, outputs = graph_bytes(tmp_path)
+    real = concrete_shapes
+
+    def wrong(*arguments: Any) -> Shapes:
+        found = real(*arguments)
+        dims = {**found.dims, outputs[4]: (3, *found.dims[outputs[4]][1:])}
+        return Shapes(elements=found.elements, dims=dims, unknown=found.unknown)
+
+    monkeypatch.setattr(stretches, "concrete_shapes", wrong)
+    runner = Stretches(data, outputs, None, EXECUTION, stretch_bytes=1)
+    one = measuring_session(data, None, EXECUTION)
+    feeds = {"x": normal(4, WIDTH)}
+    expected = {n: a.tobytes() for n, a in zip(outputs, run(one, outputs, feeds), strict=True)}
+    for _ in range(2):
+        assert all_of(runner, feeds) == expected
+    # By then it is known.
+    assert all(part.is_fixed for part in runner.parts(feeds))
+    assert all_of(runner, feeds) == expected
 
 
 def test_a_failing_run_on_bound_memory_is_an_error_of_the_model() -> None:
