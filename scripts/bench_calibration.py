@@ -68,7 +68,7 @@ class Size:
     n_ort_rounds: int = 5
     one_thread: bool = False
     is_distinct: bool = False
-    n_worker_samples: int = 128
+    n_worker_samples: int = 112
     n_worker_rounds: tuple[int, int] = (5, 1)
     n_records: int = 1000
     first_run_s: float = FIRST_RUN_S
@@ -116,7 +116,7 @@ class Benchmark:
         seconds = self.figures.get("detail", {}).get("seconds", {}).get("all taps")
         per_sample_s = seconds / self._size.n_few if seconds else 0.06
         # Whole commands take longer than a calibration without start-up and company.
-        wanted = math.ceil(0.95 * self._size.first_run_s / per_sample_s)
+        wanted = math.ceil(0.9 * self._size.first_run_s / per_sample_s)
         n_samples = min(self._size.n_samples_made, wanted)
         return Resumed(self._case, n_samples, self._folder, self._teller("resume"))
 
@@ -138,7 +138,7 @@ class Benchmark:
             case "merge":
                 return merging(folder, size.n_records, say)
             case "estimate":
-                return {"estimate": check(folder, 32, min(3, size.n_rounds), say)}
+                return {"estimate": check(folder, 32, min(2, size.n_rounds), say)}
             case _:
                 return self._memory()
 

@@ -76,7 +76,7 @@ def two_workers(
                 f"1 worker {rates[1]:.1f}, 2 workers {rates[2]:.1f} samples/s: "
                 f"{speedups[-1]:.2f} x ({index + 1}/{n_rounds})"
             )
-            if index % 2 == 0:
+            if index in (0, n_rounds - 1):
                 left.ask()
                 alone_s = left.answer()["wall_s"]
                 for role in (left, right):
