@@ -57,10 +57,9 @@ SMALL_ENCODER = EncoderShape(n_layers=2, width=96, n_heads=3, feed_forward=384, 
 class Size:
     """How much is measured. ``n_few`` samples, and ``n_many`` for the growth of memory.
 
-    ``n_worker_samples``, ``n_worker_rounds``: of the encoder, and of the others; so many samples
-    that two workers get equally many shards. ``one_thread``: measure one thread against ONNX
-    Runtime's calibrators too. ``is_distinct``: measure them with the distinct tensors alone too.
-    ``others``: parts of the other models.
+    ``n_worker_rounds``: of the encoder, and of the others. ``one_thread``: measure one thread
+    against ONNX Runtime's calibrators too. ``is_distinct``: measure them with the distinct tensors
+    alone too. ``others``: parts of the other models.
     """
 
     n_few: int = 64
@@ -69,9 +68,9 @@ class Size:
     n_ort_rounds: int = 5
     one_thread: bool = False
     is_distinct: bool = False
-    n_worker_samples: tuple[int, int] = (128, 96)
+    n_worker_samples: int = 128
     n_worker_rounds: tuple[int, int] = (5, 1)
-    n_records: int = 1000
+    n_records: int = 768
     first_run_s: float = FIRST_RUN_S
     n_samples_made: int = 1 << 14
     encoder: EncoderShape = EncoderShape()  # noqa: RUF009
@@ -83,7 +82,7 @@ QUICK = Size(
     n_many=32,
     n_rounds=1,
     n_ort_rounds=1,
-    n_worker_samples=(128, 128),
+    n_worker_samples=128,
     n_worker_rounds=(1, 1),
     n_records=16,
     first_run_s=2.0,
@@ -134,12 +133,8 @@ class Benchmark:
                     subject, folder, size.n_ort_rounds, say, size.one_thread, size.is_distinct
                 )
             case "workers":
-                is_other = self._case.name != "encoder"
-                n_samples, n_rounds = (
-                    size.n_worker_samples[is_other],
-                    size.n_worker_rounds[is_other],
-                )
-                return two_workers(self._case, n_samples, folder, n_rounds, say)
+                n_rounds = size.n_worker_rounds[self._case.name != "encoder"]
+                return two_workers(self._case, size.n_worker_samples, folder, n_rounds, say)
             case "merge":
                 return merging(folder, size.n_records, say)
             case "estimate":
