@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tests.s3_server import free_port, make_bucket
+from tests.s3_server import free_port, serving
 
 _PROGRAM = """
 import sys
@@ -61,14 +60,5 @@ def account_key(port: int) -> str:
 def gcs_server() -> Iterator[GcsServer]:
     """A running server with an empty bucket `BUCKET`."""
     port = free_port()
-    process = subprocess.Popen(
-        [sys.executable, "-c", _PROGRAM, str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        make_bucket(process, port)
+    with serving(_PROGRAM, port) as process:
         yield GcsServer(process=process, port=port)
-    finally:
-        process.kill()
-        process.wait(timeout=30)

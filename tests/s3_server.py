@@ -55,23 +55,29 @@ def free_port() -> int:
 def s3_server(port: int | None = None) -> Iterator[S3Server]:
     """A running server with an empty bucket `BUCKET`."""
     port = port or free_port()
+    with serving(_PROGRAM, port) as process:
+        yield S3Server(process=process, port=port)
+
+
+@contextmanager
+def serving(program: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A process of a program of moto's that is given the port, with an empty bucket `BUCKET`."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")}
     process = subprocess.Popen(
-        [sys.executable, "-c", _PROGRAM, str(port)],
+        [sys.executable, "-c", program, str(port)],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     try:
-        make_bucket(process, port)
-        yield S3Server(process=process, port=port)
+        _make_bucket(process, port)
+        yield process
     finally:
         process.kill()
         process.wait(timeout=30)
 
 
-def make_bucket(process: subprocess.Popen[bytes], port: int) -> None:
-    """Wait for the server, and make `BUCKET` there."""
+def _make_bucket(process: subprocess.Popen[bytes], port: int) -> None:
     url = f"http://127.0.0.1:{port}/{BUCKET}"
     end = time.monotonic() + 120
     while True:

@@ -21,7 +21,7 @@ from qdist.model.session import ORT_ERRORS
 
 Arrays = dict[str, NDArray[Any]]
 Form = tuple[tuple[int, ...], np.dtype[Any]]
-"""Form and element type of an array."""
+"""Shape and element type of an array."""
 Forms = Mapping[str, Form]
 
 _ALIGNED = 256
