@@ -81,7 +81,7 @@ class Bound:
             given = tuple(name for name in turn.reads if name not in self._made)
             for name in turn.outputs:
                 dims, dtype = own[name]
-                held = room[places[name] :][: _n_bytes(own[name])].view(dtype).reshape(dims)
+                held = room[places[name] :][: form_bytes(own[name])].view(dtype).reshape(dims)
                 self._made[name] = held
                 binding.bind_output(name, "cpu", 0, dtype.type, dims, held.ctypes.data)
             wanted = Made({name: self._made[name] for name in turn.wanted}, is_fixed=True)
@@ -149,7 +149,7 @@ def places_of(turns: Sequence[Turn], forms: Sequence[Forms]) -> tuple[dict[str, 
     ending: list[list[tuple[int, int]]] = [[] for _ in turns]
     for i, (turn, own) in enumerate(zip(turns, forms, strict=True)):
         for name in turn.outputs:
-            size = -(-_n_bytes(own[name]) // _ALIGNED) * _ALIGNED
+            size = -(-form_bytes(own[name]) // _ALIGNED) * _ALIGNED
             places[name] = gaps.take(size)
             ending[last[name]].append((places[name], size))
         for begin, size in ending[i]:
@@ -167,6 +167,7 @@ def _can_bind(form: Form) -> bool:
     return dtype.kind in _KINDS and 0 not in dims
 
 
-def _n_bytes(form: Form) -> int:
+def form_bytes(form: Form) -> int:
+    """Bytes of an array of this form."""
     dims, dtype = form
     return math.prod(dims) * dtype.itemsize

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,11 @@ Types = Mapping[str, tuple[int, Dims | None]]
 
 _MOST_ELEMENTS = 64
 """More are no shape."""
+
+
+def is_concrete(dims: Dims | None) -> TypeGuard[tuple[int, ...]]:
+    """Whether every dimension is a number."""
+    return dims is not None and all(isinstance(n, int) and n >= 0 for n in dims)
 
 
 def compute_shapes(
@@ -60,7 +65,7 @@ def _shape_of(node: NodeProto, types: Types) -> NDArray[np.int64] | None:
     if node.op_type != "Shape" or node.domain not in ("", "ai.onnx"):
         return None
     _, dims = types.get(node.input[0], (0, None))
-    if dims is None or not all(isinstance(n, int) and n >= 0 for n in dims):
+    if not is_concrete(dims):
         return None
     ends = {attribute.name: attribute.i for attribute in node.attribute}
     return np.array(dims[ends.get("start", 0) : ends.get("end", len(dims))], np.int64)
@@ -78,13 +83,7 @@ def _is_computable(node: NodeProto, known: set[str], types: Types) -> bool:
 
 def _is_small(tensor: str, types: Types) -> bool:
     element, dims = types.get(tensor, (0, None))
-    sizes = [n for n in dims or () if isinstance(n, int)]
-    return (
-        element in _PLAIN
-        and dims is not None
-        and len(sizes) == len(dims)
-        and math.prod(sizes) <= _MOST_ELEMENTS
-    )
+    return element in _PLAIN and is_concrete(dims) and math.prod(dims) <= _MOST_ELEMENTS
 
 
 _PLAIN = frozenset(

@@ -20,7 +20,7 @@ from qdist.model.opset import raise_opset
 from qdist.model.precision import mentions, with_element
 from qdist.model.rewrite import opset_of
 from qdist.model.session import Execution, measuring_session
-from qdist.model.shape_values import Dims, compute_shapes
+from qdist.model.shape_values import Dims, compute_shapes, is_concrete
 from qdist.model.weights import Weights, n_bytes_of
 
 SMALL_BYTES = 4096
@@ -97,7 +97,7 @@ def concrete_shapes(
     # What the runtime tells may let inference go on behind it, and the other way round.
     replaced: dict[str, tuple[int, Dims]] = {}
     for _ in range(_ROUNDS):
-        lacking = [name for name in made if name not in types or not _is_concrete(types[name][1])]
+        lacking = [name for name in made if name not in types or not is_concrete(types[name][1])]
         if not lacking:
             break
         computed = compute_shapes(light, types, execution)
@@ -110,7 +110,7 @@ def concrete_shapes(
     dims = {
         name: tuple(int(n) for n in shape if isinstance(n, int))
         for name, (_, shape) in types.items()
-        if shape is not None and _is_concrete(shape)
+        if shape is not None and is_concrete(shape)
     }
     elements = {name: element for name, (element, _) in types.items() if element}
     unknown = tuple(name for name in made if name not in dims or name not in elements)
@@ -257,18 +257,14 @@ def _ask(
     declared = {value.name for value in model.graph.output}
     for name, (element, shape) in found.items():
         before = types.get(name)
-        if not element or (before is not None and not _is_concrete(shape)):
+        if not element or (before is not None and not is_concrete(shape)):
             continue
         types[name] = (element, shape)
         news = True
         if name not in declared:
-            dims = list(shape) if shape is not None and _is_concrete(shape) else None
+            dims = list(shape) if shape is not None and is_concrete(shape) else None
             model.graph.value_info.append(helper.make_tensor_value_info(name, element, dims))
     return news
-
-
-def _is_concrete(shape: Dims | None) -> bool:
-    return shape is not None and all(isinstance(n, int) and n >= 0 for n in shape)
 
 
 def _dims(tensor: TypeProto.Tensor) -> Dims | None:
